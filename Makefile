@@ -1,0 +1,36 @@
+# make train   set up, train the embedded demo, evaluate, export
+# make test    set up, run the tests
+# Nothing else is needed on a fresh machine with Python 3.11 or 3.12; a GPU is used where there is one.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+GPU    := $(shell command -v nvidia-smi 2>/dev/null)
+FAISS  := $(if $(GPU),faiss-gpu,faiss-cpu)
+
+.PHONY: train test lint bench clean
+
+train: $(READY)
+	$(BIN)/python -m hbt_fast.train --config configs/demo.yaml
+
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench
+
+# torch first and by exact version: DeepSpeed's build imports it, and a range would pull another build of it
+$(READY): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel packaging ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation "deepspeed>=0.19.2"
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,$(FAISS),hf,st,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,249 @@
+"""Settings: frozen dataclasses, filled from a YAML file and the command line by jsonargparse."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+from hbt_fast.data.sources import Source
+from hbt_fast.encoder.scratch import ScratchConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder.
+
+    Args:
+        path: checkpoint folder or hub name; null trains one from nothing (see model.scratch).
+        scratch: the shape of an encoder from nothing.
+        pooling: mean or cls; null takes what the checkpoint records, else mean.
+        query_prompt: put before every query.
+        passage_prompt: put before every passage.
+        query_max_length: tokens of a query, prompt and special tokens included; the rest is cut off.
+        passage_max_length: the same for passages.
+        max_length: tokens of a text when the finished model encodes (evaluation, export).
+        dropout: replaces the checkpoint's dropout probabilities; null keeps them.
+    """
+
+    path: str | None = None
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    pooling: Literal["mean", "cls"] | None = None
+    query_prompt: str = "Query: "
+    passage_prompt: str = "Passage: "
+    query_max_length: int = 64
+    passage_max_length: int = 256
+    max_length: int = 512
+    dropout: float | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training data.
+
+    Args:
+        sources: what to train on; see the Source settings.
+        languages: keep only these languages; null keeps all.
+        on_error: raise stops at the first malformed row; skip leaves malformed rows out, counts and lists them.
+        store_dir: where token stores are kept and found again.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    languages: list[str] | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    store_dir: str = "runs/stores"
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How global batches are made.
+
+    Args:
+        size: pairs per batch, all ranks together.
+        strategy: mono, mixed-mono, cross or hybrid (arXiv 2408.10536).
+        alpha: share of monolingual batches of the hybrid strategy.
+        language_gamma: languages of monolingual batches are drawn with weight size ** gamma; 0 draws them equally.
+        source_gamma: the same for sources without a weight of their own.
+        hard_negatives: hard negatives per pair at most, where the data has them.
+    """
+
+    size: int = 128
+    strategy: Literal["mono", "mixed-mono", "cross", "hybrid"] = "hybrid"
+    alpha: float = 0.5
+    language_gamma: float = 0.0
+    source_gamma: float = 0.5
+    hard_negatives: int = 0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """InfoNCE; see hbt_fast.info_nce.
+
+    Args:
+        temperature: similarities are divided by it.
+        symmetric: add the passage-to-query half.
+        duplicates: what a passage with the positive's content id is: mask leaves it out, positive counts it as one.
+        false_negative_margin: leave out negatives whose cosine exceeds the positive's by more than this.
+        variance_weight: weight of the negative-variance regulariser (arXiv 2506.09781); 0 is off.
+        backend: auto, or one of the loss's backends.
+    """
+
+    temperature: float = 0.05
+    symmetric: bool = False
+    duplicates: Literal["mask", "positive"] = "mask"
+    false_negative_margin: float | None = None
+    variance_weight: float = 0.0
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training run.
+
+    Args:
+        run_dir: everything the run writes goes here.
+        resume: go on from the newest checkpoint in run_dir, if there is one.
+        steps: optimizer updates.
+        learning_rate: AdamW's, at the top of the schedule.
+        weight_decay: AdamW's, on matrices only.
+        warmup: share of the steps in which the learning rate rises.
+        schedule: linear, cosine or constant_with_warmup.
+        clip: largest gradient norm; 0 does not clip.
+        seed: batches, dropout and random weights are functions of it.
+        micro_batch_tokens: tokens, padding included, that go through the encoder at once.
+        keep_tokens: tokens whose activations fit the memory: so many keep their graph and are embedded only once.
+        precision: bf16 runs the encoder under autocast (float32 weights); auto is bf16 on GPUs, fp32 elsewhere.
+        engine: deepspeed or torch; auto is deepspeed when a launcher started this or zero_stage is above 0.
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3.
+        deepspeed: a DeepSpeed JSON file, merged with what hbt_fast sets.
+        log_every: steps between log lines.
+        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: so many newest ones stay.
+        timeout_minutes: how long ranks wait for each other (while rank 0 tokenises, for one).
+    """
+
+    run_dir: str = "runs/hbt"
+    resume: bool = False
+    steps: int = 1000
+    learning_rate: float = 3e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    clip: float = 1.0
+    seed: int = 0
+    micro_batch_tokens: int = 8192
+    keep_tokens: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    deepspeed: str | None = None
+    log_every: int = 10
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    timeout_minutes: int = 120
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation before and after training.
+
+    Args:
+        task: xquad-r (a LAReQA folder), cldr (held-out concepts of the embedded demo), or none.
+        data: the task's folder.
+        languages: evaluate only these languages; null takes all.
+        context: candidates are sentence + context instead of the sentence alone.
+        before: evaluate the model before training too.
+    """
+
+    task: Literal["xquad-r", "cldr", "none"] = "none"
+    data: str | None = None
+    languages: list[str] | None = None
+    context: bool = False
+    before: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def parser(program: str, description: str):
+    """The command line of a program that takes a `Config`: --config FILE.yaml, --group.key VALUE (or group.key=VALUE)."""
+    from jsonargparse import ArgumentParser
+
+    made = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    made.add_argument("--config", action="config", help="a YAML file of settings; later ones and the command line win")
+    for group in fields(Config):
+        made.add_class_arguments(group.default_factory, group.name)
+    return made
+
+
+def parse(program: str, description: str, arguments: Sequence[str] | None = None) -> Config:
+    """The settings from a command line; errors end the program with a message that names the setting.
+
+    `group.key=value` is taken for `--group.key=value`; the launcher's --local_rank is accepted and ignored.
+    """
+    from jsonargparse import ArgumentError
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [a for a in arguments if not re.match(r"--local[_-]rank(=|$)", a)]
+    arguments = [f"--{a}" if re.match(r"(model|data|batch|loss|train|eval)\.[\w.]+\+?=", a) else a for a in arguments]
+    made = parser(program, description)
+    try:
+        parsed = made.instantiate_classes(made.parse_args(arguments))
+    except ArgumentError as error:
+        message = str(error).strip()
+        raise SystemExit(f"{program}: {message}{_hint(message)}\n(--help lists the settings)") from None
+    return Config(**{group.name: parsed[group.name] for group in fields(Config)})
+
+
+def dump(config: Config) -> str:
+    """The settings as YAML that --config takes."""
+    import yaml
+
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value):
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def setting_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """All settings by dotted name."""
+    names = []
+    for f in fields(cls):
+        default = f.default_factory() if callable(f.default_factory) else None
+        names += setting_names(type(default), f"{prefix}{f.name}.") if is_dataclass(default) else [prefix + f.name]
+    return names
+
+
+def _hint(message: str) -> str:
+    """The nearest right setting for every unknown one that an error message names."""
+    known = setting_names()
+    leaves = [f.name for f in fields(Source)] + [name.rpartition(".")[2] for name in known]
+    for word in re.findall(r"[\w.]+", message):
+        word = word.strip(".")
+        if word and word not in known and word not in leaves:
+            near = difflib.get_close_matches(word, known, 1, 0.75) or (
+                difflib.get_close_matches(word, leaves, 1, 0.75) if "." not in word else []
+            )
+            if near and near[0] != word:
+                return f"\ndid you mean {near[0]}?"
+    return ""

@@ -1,0 +1,1 @@
+"""Reading, storing, planning and packing question-passage pairs."""

@@ -1,0 +1,27 @@
+"""One code per language, whatever a source calls it."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+
+from hbt_fast.data.rows import DataError
+
+
+@cache
+def normalise(code: str) -> str:
+    """The shortest standard code of a language, without region and script: "eng-US" -> "en", "arb" -> "ar", "zho-CN" -> "zh".
+
+    Raises:
+        DataError: not a language code; names a near one.
+    """
+    import langcodes
+
+    text = code.strip().replace("_", "-")
+    language = langcodes.standardize_tag(text, macro=True).partition("-")[0] if langcodes.tag_is_valid(text) else ""
+    if not language or language == "und":
+        common = "ar bn de el en es fa fi fr he hi id it ja ko nl pl pt ru sv sw te th tr uk ur vi zh".split()
+        near = difflib.get_close_matches(text.lower(), common, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"{code!r} is not a language code (write one of ISO 639 or BCP 47, as 'en' or 'zh-CN'){hint}")
+    return language

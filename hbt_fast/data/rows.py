@@ -1,0 +1,33 @@
+"""One training example as the readers hand it to the token store: a question and its passage, in one or many languages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class DataError(ValueError):
+    """Bad input data. The message names the file and line (or the setting) and what to write instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A question, its positive passage and hard negatives, each in the languages in which the source has them.
+
+    A plain pair has one query and one passage: ``Row({"en": "Who ...?"}, {"en": "It was ..."})``. Parallel data has
+    more: every language of `queries` may be matched with every language of `passages`. Bitext has the same texts on
+    both sides; a text is never its own positive, so such a row serves cross-lingual batches only.
+
+    Args:
+        queries: language code -> query text.
+        passages: language code -> text of the positive passage (translations of one passage).
+        negatives: language code -> texts of hard negatives.
+        content: content id in the source's own terms: rows with equal content never meet in one batch. None: the
+            store takes the passage texts alone (equal passage texts always share a content id).
+        where: "file:line" (or the like) for error messages.
+    """
+
+    queries: dict[str, str]
+    passages: dict[str, str]
+    negatives: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    content: str | None = None
+    where: str = ""

@@ -1,0 +1,207 @@
+"""Text in, unit vectors out: AutoModel, pooling in float32, normalisation.
+
+Shape legend: n texts, T tokens in all, L tokens of the longest, d embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+Pooling = Literal["mean", "cls"]
+PROMPTS = {"query": "Query: ", "passage": "Passage: "}
+
+
+class EncoderError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+class Encoder(nn.Module):
+    """A transformer with pooling on top; its forward takes packed tokens and returns unit vectors.
+
+    Args:
+        model: a Hugging Face encoder (from AutoModel).
+        tokenizer: its fast tokenizer.
+        pooling: "mean" over the tokens of a text, or "cls", its first token.
+        max_length: tokens per text in `encode`, special tokens included.
+        prompts: what to put before texts: {"query": ..., "passage": ...}.
+        autocast: dtype of the matrix products (torch.bfloat16 on GPUs), or None for the weights' own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        *,
+        pooling: Pooling = "mean",
+        max_length: int = 512,
+        prompts: dict[str, str] | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling not in ("mean", "cls"):
+            raise EncoderError(f"model.pooling is {pooling!r}; write 'mean' or 'cls'")
+        self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
+        self.max_length, self.prompts, self.autocast = max_length, dict(prompts or PROMPTS), autocast
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        prompts: dict[str, str] | None = None,
+        dropout: float | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> Encoder:
+        """Load a Hugging Face or sentence-transformers checkpoint, from a folder or by its hub name.
+
+        Weights come as float32 whatever the checkpoint's dtype; only safetensors are read and no code of the
+        checkpoint is run. What is not given (pooling, length limit, prompts) is taken from the folder's
+        sentence-transformers files, else: mean, 512, "Query: " and "Passage: ".
+
+        Args:
+            path: checkpoint folder or hub name.
+            pooling, max_length, prompts: see the class.
+            dropout: replaces every dropout probability of the checkpoint's config.
+            autocast: see the class.
+
+        Raises:
+            EncoderError: no such checkpoint, no safetensors, or no fast tokenizer.
+        """
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        path = str(path)
+        if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+            raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
+        recorded = _sentence_transformers_settings(Path(path))
+        try:
+            config = AutoConfig.from_pretrained(path)
+            for name, value in vars(config).items():
+                if dropout is not None and "dropout" in name and isinstance(value, float):
+                    setattr(config, name, dropout)
+            options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
+            # an unused pooler would sit in the optimizer without ever getting a gradient
+            pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
+            model = AutoModel.from_pretrained(path, **options, **pooler)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}") from error
+        if not tokenizer.is_fast:
+            raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
+        return cls(
+            model,
+            tokenizer,
+            pooling=pooling or recorded.get("pooling", "mean"),
+            max_length=max_length or recorded.get("max_length", min(512, tokenizer.model_max_length)),
+            prompts=prompts or recorded.get("prompts"),
+            autocast=autocast,
+        )
+
+    @property
+    def dimension(self) -> int:
+        """Embedding dimensions d."""
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Embed packed texts.
+
+        Args:
+            tokens: (T,) int token ids, one text after the other.
+            cu_seqlens: (n + 1,) int, text i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]].
+
+        Returns:
+            (n, d) unit vectors, float32 (float64 if the weights are).
+        """
+        lengths = cu_seqlens.diff().tolist()
+        ids_nL = pad_sequence(tokens.long().split(lengths), batch_first=True, padding_value=self.model.config.pad_token_id)
+        length_n = torch.tensor(lengths, device=tokens.device)
+        mask_nL = (torch.arange(ids_nL.shape[1], device=tokens.device) < length_n[:, None]).long()
+        with torch.autocast(tokens.device.type, self.autocast) if self.autocast else nullcontext():
+            hidden_nLd = self.model(input_ids=ids_nL, attention_mask=mask_nL).last_hidden_state
+        hidden_nLd = hidden_nLd.to(torch.promote_types(hidden_nLd.dtype, torch.float32))
+        if self.pooling == "cls":
+            pooled_nd = hidden_nLd[:, 0]
+        else:
+            pooled_nd = (hidden_nLd * mask_nL[:, :, None]).sum(1) / length_n[:, None]
+        return nn.functional.normalize(pooled_nd, dim=-1)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: Sequence[str],
+        prompt: str = "",
+        *,
+        batch_tokens: int = 8192,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Embed texts.
+
+        Args:
+            texts: n texts.
+            prompt: put before each text, as "Query: ".
+            batch_tokens: tokens per forward pass, padding included (texts are sorted by length first).
+            progress: show a progress bar on stderr.
+
+        Returns:
+            (n, d) float32 unit vectors, in the order of the texts.
+        """
+        from tqdm import tqdm
+
+        from hbt_fast.data.pack import pack
+
+        if not len(texts):
+            return np.empty((0, self.dimension), np.float32)
+        ids = []
+        for i in range(0, len(texts), 8192):  # in pieces: the tokenizer's output is bulky
+            batch = [prompt + text for text in texts[i : i + 8192]]
+            ids += self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
+        offsets = np.cumsum([0, *map(len, ids)])
+        flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
+        out = np.empty((len(texts), self.dimension), np.float32)
+        training = self.training
+        self.eval()
+        with tqdm(total=len(flat), desc="encoding", unit="tok", unit_scale=True, disable=not progress) as bar:
+            for micro in pack(np.arange(len(texts)), flat, offsets, batch_tokens):
+                tokens = torch.from_numpy(micro.tokens).to(self.device)
+                out[micro.index] = self(tokens, torch.from_numpy(micro.cu_seqlens)).cpu().numpy()
+                bar.update(len(micro.tokens))
+        self.train(training)
+        return out
+
+
+def _sentence_transformers_settings(folder: Path) -> dict:
+    """Pooling, length limit and prompts that a sentence-transformers folder records."""
+    found = {}
+    if (path := folder / "1_Pooling" / "config.json").is_file():
+        pooling = json.loads(path.read_text(encoding="utf-8"))
+        mode = pooling.get("pooling_mode")
+        if mode == "mean" or pooling.get("pooling_mode_mean_tokens"):
+            found["pooling"] = "mean"
+        elif mode == "cls" or pooling.get("pooling_mode_cls_token"):
+            found["pooling"] = "cls"
+        else:
+            raise EncoderError(f"{path}: a pooling that is not supported; it can be 'mean' or 'cls'")
+    if (path := folder / "sentence_bert_config.json").is_file():
+        length = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
+        found |= {"max_length": length} if length else {}
+    if (path := folder / "config_sentence_transformers.json").is_file():
+        prompts = json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}
+        passage = prompts.get("passage", prompts.get("document"))
+        if "query" in prompts and passage is not None:
+            found["prompts"] = {"query": prompts["query"], "passage": passage}
+    return found

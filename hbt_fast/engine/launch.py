@@ -1,0 +1,90 @@
+"""Where a run runs: its ranks, its device, and the engine that fits them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine, adamw
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, seen from one of them.
+
+    Attributes:
+        rank, size: this rank, and how many there are.
+        device: of this rank.
+        autocast: dtype of the encoder's matrix products, or None for float32.
+        group: the process group of all ranks, or None when there is only one.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    autocast: torch.dtype | None = None
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes the files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+
+def start(settings) -> World:
+    """Join the other ranks, if a launcher (deepspeed, torchrun) started several.
+
+    Args:
+        settings: a `TrainConfig`.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    autocast = torch.bfloat16 if bf16 else None
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 and not uses_deepspeed(settings):
+        return World(0, 1, device, autocast)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        os.environ.setdefault(name, str(value))
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=settings.timeout_minutes)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None)
+
+
+def uses_deepspeed(settings) -> bool:
+    """Whether DeepSpeed owns the optimizer."""
+    if settings.engine == "auto":
+        return settings.zero_stage > 0 or settings.deepspeed is not None or "LOCAL_RANK" in os.environ
+    if settings.engine == "torch" and settings.zero_stage:
+        raise ValueError(f"train.zero_stage is {settings.zero_stage}, which needs train.engine deepspeed (or auto)")
+    return settings.engine == "deepspeed"
+
+
+def make_engine(module: torch.nn.Module, settings, world: World) -> TorchEngine | DeepSpeedEngine:
+    """The engine around a module that is on its device already.
+
+    Args:
+        module: float32.
+        settings: a `TrainConfig`.
+        world: from `start`.
+    """
+    optimizer = adamw(module, settings.learning_rate, settings.weight_decay)
+    if not uses_deepspeed(settings):
+        return TorchEngine(module, optimizer, settings.clip)
+    extra = json.loads(Path(settings.deepspeed).read_text(encoding="utf-8")) if settings.deepspeed else {}
+    stage = extra.get("zero_optimization", {}).get("stage", settings.zero_stage) if settings.deepspeed else None
+    return DeepSpeedEngine(module, optimizer, settings.clip, settings.zero_stage if stage is None else stage, extra)

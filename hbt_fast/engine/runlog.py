@@ -1,0 +1,140 @@
+"""What a run says and leaves behind: log lines, metrics.jsonl, TensorBoard events, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from hbt_fast.config import Config, dump
+from hbt_fast.data.plan import BatchPlan
+from hbt_fast.engine.launch import World
+
+
+class RunLog:
+    """The log of one run; only rank 0 prints and writes.
+
+    Args:
+        run: the run folder, made if absent; config.yaml (the resolved settings) is written there.
+        config: the settings.
+        world: whose rank decides who speaks.
+    """
+
+    def __init__(self, run: Path, config: Config, world: World) -> None:
+        self.run, self.config, self.on = run, config, world.first
+        self.settings = config.train
+        self.writer = None
+        if self.on:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.yaml").write_text(dump(config), encoding="utf-8")
+
+    def say(self, line: str) -> None:
+        """Print a line at once."""
+        if self.on:
+            print(line, flush=True)
+
+    def start(self, first: int) -> None:
+        """Training begins at step `first`; what a dead run logged from there on is dropped."""
+        self.first, self.began, self.seconds, self.pairs = first, time.perf_counter(), 0.0, 0
+        self.recent: list[tuple[float, float]] = []
+        if self.on:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=first)
+            path = self.run / "metrics.jsonl"
+            kept = [r for r in read_metrics(path) if r.get("step", -1) < first] if first else []
+            path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def step(
+        self, step: int, plan: BatchPlan, loss: float, accuracy: float, *, norm: float, rate: float, tokens: int, seconds: float
+    ) -> None:
+        """One step is done: a line in metrics.jsonl, every `log_every` steps a line for people."""
+        if not self.on:
+            return
+        record = {
+            "step": step,
+            "kind": plan.kind,
+            "source": plan.source,
+            "loss": loss,
+            "accuracy": accuracy,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+        }
+        with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):
+            self.writer.add_scalar(name, record[name], step)
+        self.writer.add_scalar(f"loss/{plan.kind}", loss, step)
+        self.recent.append((loss, accuracy))
+        self.seconds += seconds
+        done, total = step + 1, self.settings.steps
+        if done % self.settings.log_every == 0 or done == total:
+            count = len(self.recent)
+            mean_loss, mean_accuracy = (sum(column) / count for column in zip(*self.recent, strict=True))
+            per_step = (time.perf_counter() - self.began) / (done - self.first)
+            left = int(per_step * (total - done))
+            self.say(
+                f"step {done:>{len(str(total))}}/{total} | loss {mean_loss:.4f} | acc {mean_accuracy:.3f} | "
+                f"lr {rate:.1e} | {len(plan.rows) / per_step:,.0f} pairs/s | eta {left // 60}:{left % 60:02d}"
+            )
+            self.recent.clear()
+
+    def evaluation(self, when: str, results: dict) -> None:
+        """Append evaluation results to metrics.jsonl."""
+        if self.on:
+            with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"evaluation": when, **results}) + "\n")
+
+    def finish(self, written: dict[str, Path]) -> None:
+        """Draw the loss curve and say what was written where."""
+        if self.writer is not None:
+            self.writer.close()
+        if curve := draw_loss(self.run):
+            written = {**written, "loss curve": curve}
+        written = {**written, "metrics": self.run / "metrics.jsonl", "TensorBoard": self.run / "tensorboard"}
+        width = max(map(len, written))
+        self.say("\n" + "\n".join(f"{name:<{width}}  {path}" for name, path in written.items()))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def draw_loss(run: Path) -> Path | None:
+    """The loss of every step by kind of batch, and its running mean, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    steps = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    if not steps:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for kind in sorted({r["kind"] for r in steps}):
+        x = np.array([r["step"] for r in steps if r["kind"] == kind])
+        y = np.array([r["loss"] for r in steps if r["kind"] == kind])
+        (line,) = axes.plot(x, y, ".", markersize=3, alpha=0.3)
+        window = max(len(y) // 25, 1)
+        if len(y) >= 2 * window:
+            smooth = np.convolve(y, np.ones(window) / window, "valid")
+            axes.plot(x[window - 1 :], smooth, color=line.get_color(), label=f"{kind}, mean of {window}")
+        else:
+            line.set_label(kind)
+    axes.set(xlabel="step", ylabel="InfoNCE loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = run / "loss.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

@@ -1,0 +1,175 @@
+"""A loss call made ready to compute: operands in compute precision, every rank's passages, the ids that decide masks.
+
+Shapes: N queries of this rank, A queries of all ranks, M passages of all ranks, K own negatives, D dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hbt_fast.loss.arguments import (
+    BACKENDS,
+    COMPUTE_DTYPES,
+    DUPLICATES,
+    REDUCTIONS,
+    Options,
+    capturing,
+    check_arguments,
+)
+from hbt_fast.loss.ranks import Ranks, meet
+
+DEFAULT_WORKSPACE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What both torch forms compute from. Global row order is rank by rank; `positives` index into p_MD."""
+
+    q_ND: Tensor
+    p_MD: Tensor
+    own_NKD: Tensor | None
+    scale: Tensor  # 0-d, of q_ND's dtype
+    positives_N: Tensor
+    positives_A: Tensor
+    passage_ids_M: Tensor | None
+    query_ids_A: Tensor | None
+    duplicates: str
+    symmetric: bool
+    margin: float | None
+    weights_N: Tensor | None  # divided by the sum of all ranks' weights if the reduction is a mean
+    reduction: str
+    workspace_bytes: int
+    ranks: Ranks
+
+    @property
+    def own_count(self) -> int:
+        return 0 if self.own_NKD is None else self.own_NKD.shape[1]
+
+    def weighted(self, losses_N: Tensor) -> Tensor:
+        return losses_N if self.weights_N is None else losses_N * self.weights_N
+
+    def reduced(self, losses_N: Tensor) -> Tensor:
+        """The loss to return: weighted rows, or their sum over all ranks (a mean's weights are already divided)."""
+        weighted = self.weighted(losses_N)
+        return weighted if self.reduction == "none" else self.ranks.sum(weighted.sum())
+
+
+def meet_ranks(
+    queries: Tensor, passages: Tensor, scale: float | Tensor, own_negatives: Tensor | None, o: Options
+) -> Ranks:
+    """Check this rank's arguments and exchange shapes and options with the others. Raises ValueError on all ranks."""
+    error, sizes = None, {}
+    try:
+        check_arguments(queries, passages, scale, own_negatives, o)
+    except ValueError as e:
+        error = e
+    tensors = isinstance(queries, Tensor) and isinstance(passages, Tensor) and queries.ndim == passages.ndim == 2
+    if error is not None and not tensors:
+        raise error
+    if error is None:
+        dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        graph = torch.is_grad_enabled()
+        sizes = {
+            "queries": queries.shape[0],
+            "passages": passages.shape[0],
+            "the width d": queries.shape[1],
+            "the dtype of queries (as an index)": dtypes.index(queries.dtype) if queries.dtype in dtypes else -1,
+            "the dtype of passages (as an index)": dtypes.index(passages.dtype) if passages.dtype in dtypes else -1,
+            "own_negatives.shape[1]": -1 if own_negatives is None else own_negatives.shape[1],
+            "passing passage_ids": o.passage_ids is not None,
+            "passing query_ids": o.query_ids is not None,
+            "passing weights": o.weights is not None,
+            "symmetric": bool(o.symmetric),
+            "passing false_negative_margin": o.false_negative_margin is not None,
+            "the place of duplicates in its choices": DUPLICATES.index(o.duplicates),
+            "the place of reduction in its choices": REDUCTIONS.index(o.reduction),
+            "the place of backend in its choices": BACKENDS.index(o.backend),
+            "the place of compute_dtype in its choices": (None, *COMPUTE_DTYPES).index(o.compute_dtype),
+            "workspace_bytes": workspace(o),
+            "queries.requires_grad": graph and queries.requires_grad,
+            "passages.requires_grad": graph and passages.requires_grad,
+            "own_negatives.requires_grad": graph and own_negatives is not None and own_negatives.requires_grad,
+            "scale.requires_grad": graph and isinstance(scale, Tensor) and scale.requires_grad,
+        }
+    return meet(o.group, sizes, queries.device, error)
+
+
+def prepare(
+    queries: Tensor, passages: Tensor, scale: float | Tensor, own_negatives: Tensor | None, o: Options, ranks: Ranks
+) -> Problem:
+    """Cast, round, gather. Differentiable: the gradients of the result's operands flow to the four arguments.
+
+    Raises:
+        ValueError: positives out of range, weights that sum to zero; on all ranks alike.
+    """
+    device = queries.device
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, passages.dtype), torch.float32)
+    if own_negatives is not None:
+        dtype = torch.promote_types(dtype, own_negatives.dtype)
+
+    n, m = queries.shape[0], sum(ranks.passage_counts)
+    if o.positives is None:
+        positives_N = torch.arange(ranks.own_passages.start, ranks.own_passages.start + n, device=device)
+    else:
+        positives_N = o.positives.to(device)
+    positives_A = ranks.gather_queries(positives_N)
+    if not capturing(queries) and not bool(((positives_A >= 0) & (positives_A < m)).all()):
+        span = f"{positives_A.min()} .. {positives_A.max()}"
+        raise ValueError(f"positives must be passage indices in [0, {m}), not {span}")
+
+    weights_N = None if o.weights is None else o.weights.to(device, dtype)
+    if o.reduction == "mean":
+        if weights_N is None:
+            weights_N = torch.full((n,), 1.0 / sum(ranks.query_counts), dtype=dtype, device=device)
+        else:
+            total = ranks.gather_queries(weights_N).sum()
+            if not capturing(queries) and float(total) == 0:
+                raise ValueError('weights sum to zero, so their mean is undefined; use reduction="sum"')
+            weights_N = weights_N / total
+
+    passage_ids_M = None if o.passage_ids is None else ranks.gather_passage_ids(o.passage_ids.to(device))
+    query_ids_A = None if o.query_ids is None else ranks.gather_queries(o.query_ids.to(device))
+    if query_ids_A is None and passage_ids_M is not None:
+        query_ids_A = passage_ids_M[positives_A]
+
+    return Problem(
+        q_ND=rounded(queries.to(dtype), o.compute_dtype),
+        p_MD=rounded(ranks.gather_passages(passages, dtype), o.compute_dtype),
+        own_NKD=None if own_negatives is None else rounded(own_negatives.to(dtype), o.compute_dtype),
+        scale=ranks.shared_scale(torch.as_tensor(scale, dtype=dtype, device=device)),
+        positives_N=positives_N,
+        positives_A=positives_A,
+        passage_ids_M=passage_ids_M,
+        query_ids_A=query_ids_A,
+        duplicates=o.duplicates,
+        symmetric=o.symmetric,
+        margin=o.false_negative_margin,
+        weights_N=weights_N,
+        reduction=o.reduction,
+        workspace_bytes=workspace(o),
+        ranks=ranks,
+    )
+
+
+def workspace(o: Options) -> int:
+    return DEFAULT_WORKSPACE_BYTES if o.workspace_bytes is None else o.workspace_bytes
+
+
+def rounded(x: Tensor, compute_dtype: str | None) -> Tensor:
+    """`x` with the values that a tensor core would see, in x's own dtype; the gradient passes through unrounded.
+
+    Products of such values, accumulated in fp32, are what fp16, bf16 and TF32 tensor cores compute.
+    """
+    if compute_dtype is None or (compute_dtype == "fp32" and x.dtype == torch.float32):
+        return x
+    with torch.no_grad():
+        if compute_dtype == "tf32":  # 10 explicit mantissa bits, to nearest
+            bits = x.float().contiguous().view(torch.int32)
+            y = ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+        else:
+            half = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[compute_dtype]
+            y = x.to(half).to(x.dtype)
+    return x + (y - x.detach())  # exact: the difference to a rounded value is representable

@@ -1,0 +1,193 @@
+"""The other processes of a loss: gathering shards of unequal length, and sums over ranks that autograd sees through.
+
+Every rank computes the terms of its own queries against the passages of all ranks, so that partial gradients with
+respect to foreign passages flow back over a reduction. `ALONE` is the same interface for one process: all identities.
+
+Shapes: N queries and M_r passages of this rank, A queries and M passages of all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Who takes part in a loss, with how many rows each. One process: group None."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    query_counts: tuple[int, ...] = (0,)
+    passage_counts: tuple[int, ...] = (0,)
+
+    @property
+    def world(self) -> int:
+        return len(self.query_counts)
+
+    @property
+    def own_queries(self) -> slice:
+        start = sum(self.query_counts[: self.rank])
+        return slice(start, start + self.query_counts[self.rank])
+
+    @property
+    def own_passages(self) -> slice:
+        start = sum(self.passage_counts[: self.rank])
+        return slice(start, start + self.passage_counts[self.rank])
+
+    # Differentiable, for the dense form. `sum` and `shared` are a pair: after a sum all ranks hold the same values and
+    # computes the same things from them, so each rank's cotangent is already the whole one; where ranks use such a
+    # value for different rows, `shared` adds their cotangents up.
+
+    def gather_passages(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """(M_r, D) -> (M, D) in `dtype`; backwards the ranks' partial gradients are added (in `dtype`, not in half)."""
+        return p.to(dtype) if self.group is None else _GatherPassages.apply(p, dtype, self)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks of same-shaped tensors; backwards the identity."""
+        return x if self.group is None else _Sum.apply(x, self)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """Identity; backwards the sum over ranks."""
+        return x if self.group is None else _Shared.apply(x, self)
+
+    def own(self, x_A: Tensor) -> Tensor:
+        """This rank's rows of a tensor that all ranks hold; backwards every rank gets the cotangents of all rows."""
+        return x_A if self.group is None else _Own.apply(x_A, self)
+
+    def for_averaging(self, loss: Tensor) -> Tensor:
+        """Identity; gradients times the number of ranks, which an average over ranks takes out again."""
+        return loss if self.group is None else _Times.apply(loss, self.world)
+
+    def shared_scale(self, scale: Tensor) -> Tensor:
+        """Identity; the scale's gradient is averaged, so each rank holds the whole one whether or not DDP averages."""
+        return scale if self.group is None else _Times.apply(_Shared.apply(scale, self), 1 / self.world)
+
+    # Not differentiable.
+
+    def max(self, x: Tensor) -> Tensor:
+        return x if self.group is None else _all_reduce(x, self, dist.ReduceOp.MAX)
+
+    def gather_queries(self, x_N: Tensor) -> Tensor:
+        """(N, ...) of each rank -> (A, ...), in the order of ranks."""
+        return x_N if self.group is None else _gather(x_N, self.query_counts, self.group)
+
+    def gather_passage_ids(self, x: Tensor) -> Tensor:
+        return x if self.group is None else _gather(x, self.passage_counts, self.group)
+
+    def add_passage_gradients(self, dp_MD: Tensor) -> Tensor:
+        """The ranks' partial gradients (M, D) -> the whole gradient of this rank's own passages (M_r, D)."""
+        return dp_MD if self.group is None else _all_reduce(dp_MD, self)[self.own_passages]
+
+
+ALONE = Ranks()
+MEETING_LENGTH = 32
+
+
+def meet(
+    group: dist.ProcessGroup | None, sizes: dict[str, int], device: torch.device, error: ValueError | None
+) -> Ranks:
+    """Exchange shapes and options before any other collective, so that a mistake raises on every rank and none hangs.
+
+    Args:
+        group: the process group; None for one process.
+        sizes: the same keys on every rank. "queries" and "passages" are row counts and may differ; the rest must agree.
+        device: where the collectives of this group run (that of the embeddings).
+        error: what is wrong with this rank's own arguments, if anything.
+
+    Raises:
+        ValueError: `error` here, a note of it on the other ranks, or the first entry of `sizes` in which ranks differ.
+    """
+    if error is not None and (group is None or not isinstance(group, dist.ProcessGroup)):
+        raise error
+    if group is None:
+        return Ranks(query_counts=(sizes["queries"],), passage_counts=(sizes["passages"],))
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    names, row = list(sizes), [int(error is None), *map(int, sizes.values())]
+    row = torch.tensor(row + [0] * (MEETING_LENGTH - len(row)), device=device)  # an erring rank has no sizes to tell
+    table = [torch.empty_like(row) for _ in range(world)]
+    dist.all_gather(table, row, group=group)
+    rows = [t.tolist() for t in table]
+    if error is not None:
+        raise error
+    wrong = [r for r in range(world) if not rows[r][0]]
+    if wrong:
+        raise ValueError(f"the loss's arguments are wrong on rank {wrong[0]}; its own message says how")
+    for column, name in enumerate(names, start=1):
+        values = [r[column] for r in rows]
+        if name not in ("queries", "passages") and len(set(values)) > 1:
+            raise ValueError(f"{name} must be the same on every rank; rank by rank it is {values}")
+    counts = {name: tuple(r[1 + names.index(name)] for r in rows) for name in ("queries", "passages")}
+    return Ranks(group, rank, counts["queries"], counts["passages"])
+
+
+def _all_reduce(x: Tensor, ranks: Ranks, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, op=op, group=ranks.group)
+    return x
+
+
+def _gather(x: Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+    padded = x.new_zeros(max(counts), *x.shape[1:])  # collectives want equal shapes
+    padded[: x.shape[0]] = x.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class _GatherPassages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, dtype: torch.dtype, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.dtype = ranks, p.dtype
+        return _gather(p, ranks.passage_counts, ranks.group).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.ranks.add_passage_gradients(grad).to(ctx.dtype), None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        return _all_reduce(x, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_reduce(grad, ctx.ranks), None
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return x[ranks.own_queries].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.ranks.gather_queries(grad), None
+
+
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.factor, None

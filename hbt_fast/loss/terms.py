@@ -1,0 +1,119 @@
+"""The pieces of InfoNCE that every form of it shares: who is a negative of whom, and a term's loss from three numbers.
+
+A term is one anchor with its positive, against its negatives. A query is the anchor of a row of S (its
+candidates: passages and own negatives); in the symmetric half the positive passage of query k is the anchor of a column
+of T = S[:, positives] (the queries of all ranks are its candidates). There is one column per query, so two queries that
+share a positive passage have a column each, and neither is a negative in the other's.
+
+Shapes: R a block of this rank's queries, N all of them, A the queries of all ranks, M passages, K own negatives,
+C = M + K candidates of a query, D dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hbt_fast.loss.problem import Problem
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+def positive_logits(problem: Problem) -> Tensor:
+    """(N,) logits of the positives, as row dots: kept apart from the matrix, so that no rounding of it reaches them."""
+    return problem.scale * (problem.q_ND * problem.p_MD[problem.positives_N]).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """The false-negative margin as a comparison of scale * cosine, for inputs of any norm."""
+
+    inverse_q_N: Tensor
+    inverse_p_M: Tensor
+    inverse_own_NK: Tensor | None
+    limit_N: Tensor  # scale * (cosine of the positive + margin): a candidate above it is dropped
+    limit_A: Tensor
+
+
+def margin_of(problem: Problem, pos_N: Tensor) -> Margin | None:
+    """The margin's limits, without gradient: which negatives are dropped is a decision and is not differentiated."""
+    if problem.margin is None:
+        return None
+    with torch.no_grad():
+
+        def inverse_norm(x: Tensor) -> Tensor:  # a zero vector has cosine 0 with everything
+            return 1 / torch.linalg.vector_norm(x, dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+
+        q_N, p_M = inverse_norm(problem.q_ND), inverse_norm(problem.p_MD)
+        own_NK = None if problem.own_NKD is None else inverse_norm(problem.own_NKD)
+        limit_N = pos_N * q_N * p_M[problem.positives_N] + problem.scale * problem.margin
+        return Margin(q_N, p_M, own_NK, limit_N, problem.ranks.gather_queries(limit_N))
+
+
+def row_masks(problem: Problem, margin: Margin | None, rows: slice, s_RC: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of a block of rows: which candidates are no negatives (R, C), and which are further positives (R, C) or None."""
+    y_R1 = problem.positives_N[rows, None]
+    m = problem.p_MD.shape[0]
+    dropped_RC = torch.zeros_like(s_RC, dtype=torch.bool).scatter_(1, y_R1, True)
+    further_RC = None
+    if problem.passage_ids_M is not None:
+        same_RM = problem.passage_ids_M[y_R1] == problem.passage_ids_M
+        if problem.duplicates == "positive":
+            further_RC = torch.zeros_like(dropped_RC)
+            further_RC[:, :m] = same_RM & ~dropped_RC[:, :m]
+        dropped_RC[:, :m] |= same_RM
+    if margin is not None:
+        cosine_RC = s_RC.detach() * margin.inverse_q_N[rows, None]
+        cosine_RC[:, :m] *= margin.inverse_p_M
+        if margin.inverse_own_NK is not None:
+            cosine_RC[:, m:] *= margin.inverse_own_NK[rows]
+        dropped_RC |= cosine_RC > margin.limit_N[rows, None]
+    return dropped_RC, further_RC
+
+
+def column_masks(problem: Problem, margin: Margin | None, rows: slice, t_RA: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The same for a block of rows of T: which queries are no negatives of a positive passage, which further positives.
+
+    Queries of one passage, or of passages that have one content id, are answered by each other's positive.
+    """
+    own = problem.ranks.own_queries
+    y_A = problem.positives_A
+    dropped_RA = y_A[own][rows, None] == y_A
+    if problem.query_ids_A is not None:
+        dropped_RA |= problem.query_ids_A[own][rows, None] == problem.query_ids_A
+    further_RA = None
+    if problem.duplicates == "positive":
+        further_RA = dropped_RA.clone()
+        index_R = torch.arange(own.start, own.stop, device=y_A.device)[rows]
+        further_RA.scatter_(1, index_R[:, None], False)
+    if margin is not None:
+        cosine_RA = t_RA.detach() * margin.inverse_q_N[rows, None] * margin.inverse_p_M[y_A]
+        dropped_RA |= cosine_RA > margin.limit_A
+    return dropped_RA, further_RA
+
+
+def finite_maximum(largest: Tensor) -> Tensor:
+    """The offset for exp: the largest negative, or 0 where there is none."""
+    return torch.where(largest == NEGATIVE_INFINITY, 0.0, largest)
+
+
+def log_sum(maximum: Tensor, z: Tensor) -> Tensor:
+    """log of sum exp over the negatives, from their maximum and z = sum exp(s - maximum); -inf where there is none."""
+    some = z > 0
+    return torch.where(some, maximum + torch.where(some, z, 1.0).log(), NEGATIVE_INFINITY)
+
+
+def term_loss(lse: Tensor, positive: Tensor) -> Tensor:
+    """log1p(Z_neg / exp(s_pos)): exact near 0 and for large losses; 0 for a term without negatives (lse = -inf).
+
+    Above 40, x and log1p(exp(x)) agree to 4e-18, in float64 too. The default threshold, 20, is off by 2e-9.
+    """
+    return F.softplus(lse - positive, threshold=40.0)
+
+
+def term_slope(lse: Tensor, positive: Tensor) -> Tensor:
+    """d term_loss / d lse = -d term_loss / d positive: the probability mass on the negatives, without cancellation."""
+    return torch.sigmoid(lse - positive)

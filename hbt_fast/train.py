@@ -1,0 +1,202 @@
+"""The program: train, evaluate and export a multilingual retriever.
+
+    python -m hbt_fast.train --config configs/demo.yaml
+    deepspeed --num_gpus 2 hbt_fast/train.py --config configs/hybrid-e5.yaml train.zero_stage=2
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)  # run as a file: hbt_fast/evaluate.py must not stand in for the package `evaluate`
+
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hbt_fast.config import Config, dump, parse
+from hbt_fast.data.draws import key_of
+from hbt_fast.data.pack import pack
+from hbt_fast.data.plan import BatchPlan, BatchPlanner
+from hbt_fast.data.rows import DataError
+from hbt_fast.data.store import Store
+from hbt_fast.encoder import Encoder, EncoderError
+from hbt_fast.encoder.export import export
+from hbt_fast.encoder.scratch import encoder_from_scratch
+from hbt_fast.engine.cached_step import cached_backward
+from hbt_fast.engine.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
+from hbt_fast.engine.launch import World, make_engine, start
+from hbt_fast.engine.runlog import RunLog
+from hbt_fast.engine.schedule import learning_rates
+from hbt_fast.loss import info_nce_with_grad, negative_variance
+from hbt_fast.prepare import prepare
+from hbt_fast.report import before_and_after, evaluate_model, write_model_card
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train from the command line; errors that a user can mend end the program with one message and status 2."""
+    config = parse("hbt_fast.train", __doc__.splitlines()[0], arguments)
+    try:
+        train(config)
+    except (DataError, EncoderError, CheckpointError, SettingError) as error:
+        print(f"hbt_fast.train: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+class SettingError(ValueError):
+    """Settings that do not go together."""
+
+
+def train(config: Config) -> Path:
+    """A whole run: data, training, evaluation, export. Returns the run folder."""
+    world = start(config.train)
+    run = Path(config.train.run_dir)
+    log = RunLog(run, config, world)
+    log.say(f"{world.size} x {world.device}, {config.batch.strategy} batches of {config.batch.size} pairs -> {run}")
+
+    store, tokenizer = prepare(config, world)
+    planner = make_planner(store, config)
+    encoder = make_encoder(config, tokenizer, world)
+    before = evaluate_model(encoder, config, world, log, "before training") if config.eval.before else None
+
+    identity = {"seed": config.train.seed, "batches": planner.identity, "steps": config.train.steps}
+    first, moments = 0, None
+    if config.train.resume and (checkpoint := newest_checkpoint(run)):
+        first, parameters, moments = load_checkpoint(checkpoint, identity)
+        encoder.load_state_dict(parameters)
+        log.say(f"resuming from {checkpoint}: {first} of {config.train.steps} steps are done")
+    elif newest_checkpoint(run):
+        raise SettingError(
+            f"{run} holds checkpoints of an earlier run; go on from them with train.resume=true, or choose another "
+            "train.run_dir"
+        )
+    world.barrier()
+    engine = make_engine(encoder, config.train, world)
+    if moments:
+        engine.restore(moments, first)
+
+    rate = learning_rates(config.train)
+    log.start(first)
+    encoder.train()
+    for step in range(first, config.train.steps):
+        began = time.perf_counter()
+        plan = planner.plan(step)
+        engine.set_learning_rate(rate(step))
+        loss, accuracy, tokens = run_step(engine, plan, store, config, world)
+        norm = engine.step()
+        seconds = time.perf_counter() - began
+        log.step(step, plan, loss, accuracy, norm=norm, rate=rate(step), tokens=tokens, seconds=seconds)
+        done, every = step + 1, config.train.checkpoint_every
+        if done == config.train.steps or (every and done % every == 0):
+            state = engine.state()
+            if world.first:
+                save_checkpoint(run, done, *state, identity, config.train.keep_checkpoints)
+            world.barrier()
+
+    parameters, _ = engine.state()
+    if world.first:
+        folder = export(encoder, run / "model", parameters)
+        exported = Encoder.from_pretrained(folder, autocast=world.autocast).to(world.device)
+        after = evaluate_model(exported, config, world, log, "after training")
+        plots = before_and_after(before, after, run)
+        write_model_card(folder, config, store, before, after)
+        log.finish({"exported model": folder, "settings": run / "config.yaml", **plots})
+    world.barrier()
+    return run
+
+
+def make_planner(store: Store, config: Config) -> BatchPlanner:
+    """The batch planner of a run."""
+    batch = config.batch
+    return BatchPlanner(
+        store,
+        batch.size,
+        strategy=batch.strategy,
+        alpha=batch.alpha,
+        language_gamma=batch.language_gamma,
+        source_gamma=batch.source_gamma,
+        hard_negatives=batch.hard_negatives,
+        seed=config.train.seed,
+    )
+
+
+def make_encoder(config: Config, tokenizer, world: World) -> Encoder:
+    """The encoder to train: a checkpoint, or one from nothing."""
+    model = config.model
+    if model.path is None:
+        dropout = 0.1 if model.dropout is None else model.dropout
+        encoder = encoder_from_scratch(
+            tokenizer, model.scratch, max_length=model.max_length, dropout=dropout, seed=config.train.seed
+        )
+        encoder.pooling = model.pooling or "mean"
+    else:
+        encoder = Encoder.from_pretrained(
+            model.path, pooling=model.pooling, max_length=model.max_length, dropout=model.dropout
+        )
+    encoder.prompts = {"query": model.query_prompt, "passage": model.passage_prompt}
+    encoder.autocast = world.autocast
+    return encoder.to(world.device)
+
+
+def run_step(engine, plan: BatchPlan, store: Store, config: Config, world: World) -> tuple[float, float, int]:
+    """Accumulate the gradient of one global batch; returns its loss, in-batch accuracy and this rank's tokens."""
+    mine, negatives = plan.shard(world.rank, world.size)
+    texts = np.concatenate([plan.queries[mine], plan.passages[mine], plan.negatives[negatives]])
+    contents = np.concatenate([plan.contents[mine], plan.negative_contents[negatives]])
+    passage_ids = torch.from_numpy(contents).to(world.device)
+    n = mine.stop - mine.start
+    accuracy = 0.0
+
+    def loss_and_gradient(embeddings_nd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal accuracy
+        q_Nd, p_Md = embeddings_nd[:n], embeddings_nd[n:]
+        result = info_nce_with_grad(
+            q_Nd,
+            p_Md,
+            scale=1 / config.loss.temperature,
+            passage_ids=passage_ids,
+            duplicates=config.loss.duplicates,
+            symmetric=config.loss.symmetric,
+            false_negative_margin=config.loss.false_negative_margin,
+            group=world.group,
+            backend=config.loss.backend,
+        )
+        loss, gradient_nd = result.loss, torch.cat([result.queries, result.passages])
+        if weight := config.loss.variance_weight:
+            with torch.enable_grad():
+                leaf_nd = embeddings_nd.detach().requires_grad_()
+                extra = negative_variance(leaf_nd[:n], leaf_nd[n : 2 * n], group=world.group)
+            loss = loss + weight * extra.detach()
+            gradient_nd = gradient_nd + weight * torch.autograd.grad(extra, leaf_nd)[0]
+        accuracy = in_batch_accuracy(q_Nd, p_Md, world)
+        return loss, gradient_nd
+
+    micro_batches = pack(texts, store.tokens, store.token_offsets, config.train.micro_batch_tokens)
+    loss = cached_backward(
+        engine,
+        micro_batches,
+        loss_and_gradient,
+        device=world.device,
+        seed=(config.train.seed, plan.step, world.rank),
+        keep_tokens=config.train.keep_tokens,
+    )
+    return float(loss), accuracy, sum(len(micro.tokens) for micro in micro_batches)
+
+
+def in_batch_accuracy(q_Nd: torch.Tensor, p_Md: torch.Tensor, world: World) -> float:
+    """Share of queries whose positive is the most similar passage of this rank, averaged over ranks."""
+    hits = torch.zeros((), device=q_Nd.device)
+    for rows in torch.arange(len(q_Nd), device=q_Nd.device).split(1024):
+        hits += ((q_Nd[rows] @ p_Md.T).argmax(1) == rows).sum()
+    counts = torch.stack([hits, torch.tensor(float(len(q_Nd)), device=hits.device)])
+    if world.group is not None:
+        dist.all_reduce(counts, group=world.group)
+    return float(counts[0] / counts[1])
+
+
+if __name__ == "__main__":
+    main()

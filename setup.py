@@ -1,0 +1,63 @@
+"""Packaging. Every dependency has the oldest version that the code was thought through for, and the reason it is there."""
+
+from setuptools import find_packages, setup
+
+LOSS = [  # what someone with another trainer needs: the loss, nothing else
+    "torch>=2.11",  # the loss is written in it; the oldest version it is meant to run on
+    "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",  # the loss's GPU kernels
+    "numpy>=1.26",  # torch's bridge to arrays
+]
+TRAIN = [
+    "transformers>=5.17",  # encoders, tokenizers, learning-rate schedules
+    "tokenizers>=0.22",  # trains the demo's tokenizer
+    "safetensors>=0.6",  # checkpoints without pickle
+    "deepspeed>=0.19.2",  # ZeRO; coalesce_grad_reduction came with 0.19.2
+    "numba>=0.62",  # batch plan, packing, rank counting
+    "jsonargparse>=4.40",  # YAML + command line -> frozen dataclasses
+    "PyYAML>=6",  # writes the resolved settings
+    "fsspec>=2024.6",  # .gz, .zip members, globs
+    "langcodes>=3.5",  # one code per language, whatever the source calls it
+    "xxhash>=3.4",  # hashes of texts and files
+    "Babel>=2.16",  # CLDR: the embedded demo
+    "matplotlib>=3.9",  # loss curves, heat maps
+    "tensorboard>=2.17",  # event files
+    "tqdm>=4.66",  # progress bars
+]
+EXTRAS = {
+    "train": TRAIN,
+    "faiss-cpu": ["faiss-cpu>=1.10"],  # top-k search
+    "gpu": ["faiss-gpu>=1.15", "flash-attn>=2.8"],  # the same on GPUs (instead of faiss-cpu); attention without padding
+    "hf": ["datasets>=4.0"],  # sources of format hf
+    "st": ["sentence-transformers>=5.0"],  # checks exported models
+    "mteb": ["mteb>=2.0"],  # public benchmarks
+    "track": ["trackio>=0.5"],  # run tracking
+    "lora": ["peft>=0.17"],  # adapters
+    "dev": [
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",  # a hanging rank fails a test instead of the whole run
+        "pytest-benchmark>=5.1",  # bench/
+        "pytrec-eval-terrier>=0.5.6",  # the oracle of the retrieval metrics
+        "ruff>=0.12",
+    ],
+}
+
+setup(
+    name="hbt-fast",
+    version="0.1.0",
+    description="Hybrid batch training for multilingual dense retrieval: fast, exact, simple",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hbt_fast", "hbt_fast.*"]),
+    install_requires=LOSS,
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [
+            "hbt-train = hbt_fast.train:main",
+            "hbt-prepare = hbt_fast.prepare:main",
+            "hbt-plan = hbt_fast.plan:main",
+            "hbt-evaluate = hbt_fast.evaluate:main",
+        ]
+    },
+)

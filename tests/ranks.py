@@ -1,0 +1,28 @@
+"""Run a function on several gloo ranks, each a process of its own, as a launcher would."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(function, world: int, *arguments) -> None:
+    """Call function(rank, world, *arguments) in `world` processes; an error in one is raised here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_enter, (function, world, port, arguments), nprocs=world, start_method="spawn")
+
+
+def _enter(rank: int, function, world: int, port: int, arguments: tuple) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    try:
+        function(rank, world, *arguments)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
