@@ -1,4 +1,6 @@
-"""Packaging. Every dependency has the oldest version that the code was thought through for, and the reason it is there."""
+"""Packaging: each dependency with the oldest version meant to work, and the reason it is there."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -13,7 +15,7 @@ TRAIN = [
     "safetensors>=0.6",  # checkpoints without pickle
     "deepspeed>=0.19.2",  # ZeRO; coalesce_grad_reduction came with 0.19.2
     "numba>=0.62",  # batch plan, packing, rank counting
-    "jsonargparse>=4.40",  # YAML + command line -> frozen dataclasses
+    "jsonargparse>=4.49",  # YAML + command line -> frozen dataclasses
     "PyYAML>=6",  # writes the resolved settings
     "fsspec>=2024.6",  # .gz, .zip members, globs
     "langcodes>=3.5",  # one code per language, whatever the source calls it
@@ -45,7 +47,7 @@ setup(
     name="hbt-fast",
     version="0.1.0",
     description="Hybrid batch training for multilingual dense retrieval: fast, exact, simple",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hbt_fast.data.sources import Source
 from hbt_fast.encoder.scratch import ScratchConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 @dataclass(frozen=True)
@@ -178,11 +181,11 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-def parser(program: str, description: str):
-    """The command line of a program that takes a `Config`: --config FILE.yaml, --group.key VALUE (or group.key=VALUE)."""
+def parser(program: str, description: str) -> ArgumentParser:
+    """The command line of a program that takes a `Config`: --config FILE.yaml and --group.key VALUE."""
     from jsonargparse import ArgumentParser
 
-    made = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    made = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
     made.add_argument("--config", action="config", help="a YAML file of settings; later ones and the command line win")
     for group in fields(Config):
         made.add_class_arguments(group.default_factory, group.name)
@@ -201,7 +204,7 @@ def parse(program: str, description: str, arguments: Sequence[str] | None = None
     arguments = [f"--{a}" if re.match(r"(model|data|batch|loss|train|eval)\.[\w.]+\+?=", a) else a for a in arguments]
     made = parser(program, description)
     try:
-        parsed = made.instantiate_classes(made.parse_args(arguments))
+        parsed = made.instantiate(made.parse_args(arguments))
     except ArgumentError as error:
         message = str(error).strip()
         raise SystemExit(f"{program}: {message}{_hint(message)}\n(--help lists the settings)") from None
@@ -215,7 +218,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 """Plan batches without training: what the run would draw.
 
-    python -m hbt_fast.plan --config configs/demo.yaml
+python -m hbt_fast.plan --config configs/demo.yaml
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def report(planner: BatchPlanner, store: Store, steps: int, budget: int, sample:
         lengths = np.diff(store.token_offsets)[texts]
         unsorted += int(lengths.max()) * len(texts)
     total = sum(pairs.values())
-    lines += ["", f"over {len(chosen)} of these steps: {tokens / max(total, 1):.1f} tokens per pair, padding "
-              f"{1 - tokens / padded:.1%} (unsorted {1 - tokens / unsorted:.1%})", "query -> passage language, share of pairs:"]  # fmt: skip
+    lines.append("")
+    shown = f"{tokens / total:.1f} tokens per pair, {1 - tokens / padded:.1%} padding"
+    lines.append(f"over {len(chosen)} of these steps: {shown}")
+    lines.append(f"(it would be {1 - tokens / unsorted:.1%} without sorting by length); query -> passage language:")
     for (query, passage), count in pairs.most_common():
         lines.append(f"  {store.languages[query]:>6} -> {store.languages[passage]:<6} {count / total:7.2%}")
     return "\n".join(lines)

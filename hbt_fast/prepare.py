@@ -1,6 +1,6 @@
 """Prepare the data: read the sources and write the token store (and, for a model from nothing, its tokenizer).
 
-    python -m hbt_fast.prepare --config configs/demo.yaml
+python -m hbt_fast.prepare --config configs/demo.yaml
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, Store, build_store, fingerprint
 from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.engine.launch import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(summary(store))
 
 
-def prepare(config: Config, world: World | None = None):
+def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrainedTokenizerFast]:
     """The token store of a configuration and its tokenizer, found or made; rank 0 makes it, the others wait.
 
     Returns:
@@ -40,13 +44,13 @@ def prepare(config: Config, world: World | None = None):
         DataError: see `read_source`.
     """
     if world is None or world.first:
-        folder, tokenizer = _tokenizer(config)
-        store = _store(config, folder, tokenizer)
+        tokenizer = _tokenizer(config)
+        store = _store(config, tokenizer)
     if world is not None:
         world.barrier()
         if not world.first:
-            folder, tokenizer = _tokenizer(config)
-            store = _store(config, folder, tokenizer)
+            tokenizer = _tokenizer(config)
+            store = _store(config, tokenizer)
     return store, tokenizer
 
 
@@ -59,19 +63,19 @@ def _inputs(config: Config) -> list[object]:
     return parts
 
 
-def _tokenizer(config: Config):
-    """(its folder or None, the tokenizer): the checkpoint's, or one trained on the data and kept beside the stores."""
+def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The checkpoint's tokenizer, or one trained on the data and kept beside the stores."""
     from transformers import AutoTokenizer
 
     model = config.model
     if model.path is not None:
-        return None, AutoTokenizer.from_pretrained(model.path)
+        return AutoTokenizer.from_pretrained(model.path)
     name = fingerprint([*_inputs(config), model.scratch.vocabulary, model.query_prompt, model.passage_prompt])
     folder = Path(config.data.store_dir) / f"tokenizer-{name}"
     if not (folder / "tokenizer.json").is_file():
         print(f"training a tokenizer of {model.scratch.vocabulary:,} tokens", flush=True)
         train_tokenizer(_texts(config), model.scratch.vocabulary).save_pretrained(folder)
-    return folder, AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _texts(config: Config) -> Iterator[str]:
@@ -87,7 +91,7 @@ def _sources(config: Config, skipped: list[str]) -> Iterator[tuple[str, float | 
         yield source_name(source), source.weight, read_source(source, languages, config.data.on_error, skipped)
 
 
-def _store(config: Config, tokenizer_folder: Path | None, tokenizer) -> Store:
+def _store(config: Config, tokenizer: PreTrainedTokenizerFast) -> Store:
     model = config.model
     query, passage = (
         Role(model.query_prompt, model.query_max_length),

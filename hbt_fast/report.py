@@ -27,7 +27,9 @@ def load_task(config: Config) -> RetrievalTask | None:
         languages = settings.languages or config.data.languages
         return task_from_rows("held-out CLDR concepts", cldr_rows("test", tuple(languages) if languages else None))
     if settings.data is None:
-        raise ValueError("eval.task is xquad-r, but eval.data is not set; write the folder of its <language>.json files")
+        raise ValueError(
+            "eval.task is xquad-r, but eval.data is not set; write the folder of its <language>.json files"
+        )
     return xquad_r(settings.data, context=settings.context, languages=settings.languages)
 
 
@@ -63,7 +65,9 @@ def before_and_after(before: Results | None, after: Results | None, run: Path) -
 def write_model_card(folder: Path, config: Config, store: Store, before: Results | None, after: Results | None) -> None:
     """README.md of the exported model: what it is, data, recipe, results, how to use it."""
     languages = "\n".join(f"- {code}" for code in store.languages)
-    prompts = json.dumps({"query": config.model.query_prompt, "passage": config.model.passage_prompt}, ensure_ascii=False)
+    prompts = json.dumps(
+        {"query": config.model.query_prompt, "passage": config.model.passage_prompt}, ensure_ascii=False
+    )
     rows = [int((store.row_sources == n).sum()) for n in range(len(store.sources))]
     data = "\n".join(f"- {name}: {count:,} rows" for name, count in zip(store.sources, rows, strict=True))
     results = "No evaluation was run."
@@ -100,8 +104,9 @@ Prompts: `{prompts}`.
 
 ## Recipe
 
-{config.batch.strategy} batches (arXiv 2408.10536) of {config.batch.size} pairs, {config.train.steps:,} steps, InfoNCE at temperature
-{config.loss.temperature}, AdamW at {config.train.learning_rate}, started from {start}. All settings:
+{config.batch.strategy} batches (arXiv 2408.10536) of {config.batch.size} pairs, {config.train.steps:,} steps,
+InfoNCE at temperature {config.loss.temperature}, AdamW at {config.train.learning_rate}, started from
+{start}. All settings:
 
 ```yaml
 {dump(config).strip()}

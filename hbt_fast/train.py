@@ -1,7 +1,7 @@
 """The program: train, evaluate and export a multilingual retriever.
 
-    python -m hbt_fast.train --config configs/demo.yaml
-    deepspeed --num_gpus 2 hbt_fast/train.py --config configs/hybrid-e5.yaml train.zero_stage=2
+python -m hbt_fast.train --config configs/demo.yaml
+deepspeed --num_gpus 2 hbt_fast/train.py --config configs/hybrid-e5.yaml train.zero_stage=2
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file_
     sys.path.pop(0)  # run as a file: hbt_fast/evaluate.py must not stand in for the package `evaluate`
 
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from hbt_fast.config import Config, dump, parse
-from hbt_fast.data.draws import key_of
+from hbt_fast.config import Config, parse
 from hbt_fast.data.pack import pack
 from hbt_fast.data.plan import BatchPlan, BatchPlanner
 from hbt_fast.data.rows import DataError
@@ -27,6 +27,7 @@ from hbt_fast.data.store import Store
 from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.encoder.export import export
 from hbt_fast.encoder.scratch import encoder_from_scratch
+from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine
 from hbt_fast.engine.cached_step import cached_backward
 from hbt_fast.engine.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
 from hbt_fast.engine.launch import World, make_engine, start
@@ -35,6 +36,9 @@ from hbt_fast.engine.schedule import learning_rates
 from hbt_fast.loss import info_nce_with_grad, negative_variance
 from hbt_fast.prepare import prepare
 from hbt_fast.report import before_and_after, evaluate_model, write_model_card
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,7 +67,7 @@ def train(config: Config) -> Path:
     encoder = make_encoder(config, tokenizer, world)
     before = evaluate_model(encoder, config, world, log, "before training") if config.eval.before else None
 
-    identity = {"seed": config.train.seed, "batches": planner.identity, "steps": config.train.steps}
+    identity = {"batches": planner.identity, "steps": config.train.steps}
     first, moments = 0, None
     if config.train.resume and (checkpoint := newest_checkpoint(run)):
         first, parameters, moments = load_checkpoint(checkpoint, identity)
@@ -124,7 +128,7 @@ def make_planner(store: Store, config: Config) -> BatchPlanner:
     )
 
 
-def make_encoder(config: Config, tokenizer, world: World) -> Encoder:
+def make_encoder(config: Config, tokenizer: PreTrainedTokenizerFast, world: World) -> Encoder:
     """The encoder to train: a checkpoint, or one from nothing."""
     model = config.model
     if model.path is None:
@@ -142,7 +146,9 @@ def make_encoder(config: Config, tokenizer, world: World) -> Encoder:
     return encoder.to(world.device)
 
 
-def run_step(engine, plan: BatchPlan, store: Store, config: Config, world: World) -> tuple[float, float, int]:
+def run_step(
+    engine: TorchEngine | DeepSpeedEngine, plan: BatchPlan, store: Store, config: Config, world: World
+) -> tuple[float, float, int]:
     """Accumulate the gradient of one global batch; returns its loss, in-batch accuracy and this rank's tokens."""
     mine, negatives = plan.shard(world.rank, world.size)
     texts = np.concatenate([plan.queries[mine], plan.passages[mine], plan.negatives[negatives]])

@@ -18,7 +18,7 @@ from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch, train_
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LANGUAGES = ("de", "en", "fr")
-WORDS = "red blue green old new big small fast slow cat dog bird house tree river stone wind fire moon star".split()
+WORDS = "red blue green old new big small fast slow cat dog bird house tree river stone wind fire moon star".split()  # noqa: SIM905
 
 
 def parallel_rows(count: int, *, languages=LANGUAGES, questions: int = 2) -> list[Row]:
@@ -58,7 +58,8 @@ def store(tokenizer, tmp_path_factory):
     """150 contents with two questions each in three languages, and a monolingual source of 60."""
     folder = tmp_path_factory.mktemp("store") / "store"
     mono = [
-        Row({"en": f"ask {i}"}, {"en": f"say {i} {'so ' * (i % 7)}"}, {"en": (f"no {i}", f"never {i}")}) for i in range(60)
+        Row({"en": f"ask {i}"}, {"en": f"say {i} {'so ' * (i % 7)}"}, {"en": (f"no {i}", f"never {i}")})
+        for i in range(60)
     ]
     sources = [("parallel", None, parallel_rows(150)), ("plain", None, mono)]
     return build_store(folder, sources, tokenizer, Role("Query: ", 24), Role("Passage: ", 24), progress=False)

@@ -138,7 +138,8 @@ def test_the_keyed_permutation_is_one(n):
         assert seen != [permute(i, n, key_of(n, 2)) for i in range(n)]
 
 
-def test_positions_after_the_permutation_are_spread(n=1000):
+def test_positions_after_the_permutation_are_spread():
+    n = 1000
     # each of 10 blocks of positions gets about a tenth of each block of indices (chi-squared, 81 degrees of freedom)
     chi2 = []
     for key in range(20):

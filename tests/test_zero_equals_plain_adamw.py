@@ -57,10 +57,12 @@ def run(config: Config, store: Store, world: World, first: int = 0, last: int = 
 
 
 def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The same steps in plain torch and float64: one process, the whole batch in one graph, torch's own cross entropy."""
+    """The same steps in plain torch and float64: the whole batch in one graph, torch's own cross entropy."""
     encoder = tiny_encoder().train().double()
     decay = [p for p in encoder.parameters() if p.ndim > 1], [p for p in encoder.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay[0], "weight_decay": 0.01}, {"params": decay[1], "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": decay[0], "weight_decay": 0.01}, {"params": decay[1], "weight_decay": 0.0}]
+    )
     planner = make_planner(store, config)
     for step in range(STEPS):
         plan = planner.plan(step)
@@ -171,7 +173,9 @@ def test_dropout_masks_are_replayed(store):
         config = settings(keep_tokens=keep)
         encoder = tiny_encoder(dropout=0.3).train()
         engine = make_engine(encoder, config.train, World(0, 1, torch.device("cpu")))
-        loss, *_ = run_step(engine, make_planner(store, config).plan(1), store, config, World(0, 1, torch.device("cpu")))
+        loss, *_ = run_step(
+            engine, make_planner(store, config).plan(1), store, config, World(0, 1, torch.device("cpu"))
+        )
         return loss, torch.cat([p.grad.flatten() for p in encoder.parameters()])
 
     (loss, whole), (same_loss, cached) = gradient(10**6), gradient(0)

@@ -101,7 +101,9 @@ def _row(record: dict[str, Any], source: Source, where: str, problems: Problems)
         texts = {key: value for key, value in record.items() if key not in (name["id"], name["content"]) and value}
         bad = [key for key, value in texts.items() if not isinstance(value, str)]
         if bad:
-            problems.report(where, f"{bad[0]!r} is no text; with bitext: true every field is a language code and its text")
+            problems.report(
+                where, f"{bad[0]!r} is no text; with bitext: true every field is a language code and its text"
+            )
             return None
         key = record.get(name["id"])
         return Row(texts, texts, {}, content if content is not None or key is None else str(key), where)
@@ -111,7 +113,9 @@ def _row(record: dict[str, Any], source: Source, where: str, problems: Problems)
         if isinstance(value, str):
             language = record.get(name[f"{side}_language"]) or record.get(name["language"]) or source.language
             if not language:
-                problems.report(where, f"no language: set the source's language, or give the record {name['language']!r}")
+                problems.report(
+                    where, f"no language: set the source's language, or give the record {name['language']!r}"
+                )
                 return None
             value = {language: value}
         if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
@@ -131,7 +135,7 @@ def _no_field(name: str, role: str, record: dict[str, Any]) -> str:
 
 
 def read_tsv(source: Source, problems: Problems) -> Iterator[Row]:
-    """Tab-separated text whose first line names the columns: query, passage ..., or language codes with bitext: true."""
+    """Tab-separated text; the first line names the columns: query, passage ..., or language codes (bitext: true)."""
     for path in expand(source.path):
         header: list[str] | None = None
         for number, text in lines(path):
@@ -141,9 +145,9 @@ def read_tsv(source: Source, problems: Problems) -> Iterator[Row]:
                 needed = [source.fields.get(n, n) for n in ("query", "passage")]
                 if not source.bitext and not set(needed) <= set(header):
                     raise DataError(
-                        f"{path}:1: the first line must name the columns, among them {needed[0]!r} and {needed[1]!r}; it "
-                        f"has {', '.join(map(repr, header))}. For translations, name them by language (en, de) and set "
-                        "bitext: true"
+                        f"{path}:1: the first line must name the columns, among them {needed[0]!r} and "
+                        f"{needed[1]!r}; it has {', '.join(map(repr, header))}. For translations, name them by "
+                        "language (en, de) and set bitext: true"
                     )
             elif len(cells) != len(header):
                 problems.report(f"{path}:{number}", f"{len(cells)} columns, the first line has {len(header)}")
@@ -200,7 +204,9 @@ def read_lines(source: Source, problems: Problems) -> Iterator[Row]:
     for number, found in enumerate(zip_longest(*(lines(path) for path in paths.values())), 1):
         if None in found:
             short = list(paths.values())[found.index(None)]
-            raise DataError(f"{short}: has {number - 1} lines, others have more; line-aligned files must be equally long")
+            raise DataError(
+                f"{short}: has {number - 1} lines, others have more; line-aligned files must be equally long"
+            )
         texts = {code: text for code, (_, text) in zip(paths, found, strict=True) if text.strip()}
         where = f"{next(iter(paths.values()))}:{number}"
         document = next(documents, None) if documents else None
@@ -227,7 +233,9 @@ def read_hf(source: Source, problems: Problems) -> Iterator[Row]:
         else:
             loaded = datasets.load_dataset(path, source.config, split=source.split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise DataError(f"{path}: cannot be loaded as a Hugging Face data set ({type(error).__name__}: {error})") from None
+        raise DataError(
+            f"{path}: cannot be loaded as a Hugging Face data set ({type(error).__name__}: {error})"
+        ) from None
     for number, record in enumerate(loaded):
         made = _row(record, source, f"{path} ({source.split}) row {number}", problems)
         if made is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -53,13 +54,13 @@ def pack(
     order = np.argsort(-lengths, kind="stable")
     edges = [*_group(lengths[order], budget), len(texts)]
     while len(edges) - 1 < at_least:
-        costs = [(b - a) * lengths[order[a]] if b - a > 1 else 0 for a, b in zip(edges, edges[1:], strict=False)]
+        costs = [(b - a) * lengths[order[a]] if b - a > 1 else 0 for a, b in pairwise(edges)]
         if not max(costs, default=0):
             break
         worst = int(np.argmax(costs))
         edges.insert(worst + 1, (edges[worst] + edges[worst + 1]) // 2)
     batches = []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         index = order[a:b]
         cu_seqlens = np.zeros(b - a + 1, np.int32)
         np.cumsum(lengths[index], out=cu_seqlens[1:])
@@ -68,7 +69,7 @@ def pack(
 
 
 @njit(cache=True)
-def _group(lengths, budget):
+def _group(lengths: np.ndarray, budget: int) -> list[int]:
     """Where micro-batches begin, for lengths in falling order."""
     starts = [0]
     for i in range(1, len(lengths)):
@@ -78,7 +79,7 @@ def _group(lengths, budget):
 
 
 @njit(cache=True)
-def _gather(tokens, offsets, texts, cu_seqlens):
+def _gather(tokens: np.ndarray, offsets: np.ndarray, texts: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
     """Copy the tokens of the texts into one flat buffer."""
     out = np.empty(cu_seqlens[-1], np.int32)
     for i in range(len(texts)):

@@ -131,6 +131,16 @@ class BatchPlanner:
         if not 0 <= alpha <= 1:
             raise ValueError(f"batch.alpha is a share between 0 and 1, got {alpha}")
         self.store, self.batch_size, self.seed, self.hard_negatives = store, batch_size, seed, hard_negatives
+        self.identity = {
+            "store": store.folder.name,
+            "batch_size": batch_size,
+            "strategy": strategy,
+            "alpha": alpha,
+            "language_gamma": language_gamma,
+            "source_gamma": source_gamma,
+            "hard_negatives": hard_negatives,
+            "seed": seed,
+        }  # two planners with equal identity plan equal batches
         shares = {"mono": {MONO: 1.0}, "mixed-mono": {MIXED: 1.0}, "cross": {CROSS: 1.0}}
         shares["hybrid"] = {MONO: alpha, CROSS: 1.0 - alpha}
         self.strata: list[Stratum] = []
@@ -271,9 +281,20 @@ def _weighted(
 
 @njit(cache=True)
 def _draw(
-    kind, language, rows, content_offsets, field_offsets, field_languages, field_queries, field_passages, field_mono,
-    position, size, epoch, key,
-):  # fmt: skip
+    kind: int,
+    language: int,
+    rows: np.ndarray,
+    content_offsets: np.ndarray,
+    field_offsets: np.ndarray,
+    field_languages: np.ndarray,
+    field_queries: np.ndarray,
+    field_passages: np.ndarray,
+    field_mono: np.ndarray,
+    position: int,
+    size: int,
+    epoch: int,
+    key: np.uint64,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Rows, languages and texts of one batch; see the module's docstring."""
     contents = len(content_offsets) - 1
     out_rows = np.empty(size, np.int64)
@@ -303,7 +324,15 @@ def _draw(
 
 
 @njit(cache=True)
-def _draw_negatives(rows, languages, offsets, negative_languages, texts, most, key):
+def _draw_negatives(
+    rows: np.ndarray,
+    languages: np.ndarray,
+    offsets: np.ndarray,
+    negative_languages: np.ndarray,
+    texts: np.ndarray,
+    most: int,
+    key: np.uint64,
+) -> tuple[np.ndarray, np.ndarray]:
     """Up to `most` different hard negatives per row, in the language of its passage where there are such."""
     chosen, owner = [np.int64(0) for _ in range(0)], [np.int64(0) for _ in range(0)]
     for i in range(len(rows)):

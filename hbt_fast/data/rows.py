@@ -1,4 +1,4 @@
-"""One training example as the readers hand it to the token store: a question and its passage, in one or many languages."""
+"""One training example as the readers give it: a question and its passage, in one or many languages."""
 
 from __future__ import annotations
 

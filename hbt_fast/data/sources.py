@@ -109,7 +109,10 @@ def read_source(
 
 def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -> Iterator[Row]:
     for row in rows:
-        queries, passages = _texts(row.queries, wanted, row, problems), _texts(row.passages, wanted, row, problems)
+        queries, wrong = _texts(row.queries, wanted)
+        passages, also_wrong = _texts(row.passages, wanted)
+        for reason in dict.fromkeys(wrong + also_wrong):
+            problems.report(row.where, reason)
         if not queries or not passages:
             continue
         if len(queries) == len(passages) == 1 and queries == passages:
@@ -123,22 +126,22 @@ def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -
         yield Row(queries, passages, negatives, row.content, row.where)
 
 
-def _texts(texts: dict[str, str], wanted: set[str] | None, row: Row, problems: Problems) -> dict[str, str]:
-    kept = {}
+def _texts(texts: dict[str, str], wanted: set[str] | None) -> tuple[dict[str, str], list[str]]:
+    """The wanted texts by short language code, and what is wrong with the others."""
+    kept, wrong = {}, []
     for code, text in texts.items():
         try:
             language = normalise(code)
         except DataError as error:
-            problems.report(row.where, str(error))
-            continue
-        if wanted is not None and language not in wanted:
+            wrong.append(str(error))
             continue
         text = unicodedata.normalize("NFC", text).strip()
-        if not text:
-            problems.report(row.where, f"empty text ({code})")
-            continue
-        kept.setdefault(language, text)  # of two variants of a language (zh-CN, zh-TW) the first is taken
-    return kept
+        if wanted is None or language in wanted:
+            if text:
+                kept.setdefault(language, text)  # of two variants of a language (zh-CN, zh-TW) the first is taken
+            else:
+                wrong.append(f"empty text ({code})")
+    return kept, wrong
 
 
 def _format(source: Source) -> str:
@@ -155,7 +158,8 @@ def _format(source: Source) -> str:
         found = "squad"
     if found is None:
         raise DataError(
-            f"{path}: cannot tell the format from the name; set the source's format to squad, jsonl, tsv, tmx, lines or hf"
+            f"{path}: cannot tell the format from the name; set the source's format to squad, jsonl, tsv, tmx, lines "
+            "or hf"
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from hbt_fast.data.rows import DataError, Row
@@ -13,7 +14,9 @@ from hbt_fast.data.store import folded
 
 # a terminator with closing quotes or brackets, then white space and no small letter; CJK ones need no white space
 BOUNDARY = re.compile(r"(?:[.!?؟।॥…]+[\"'”’»)\]]*\s+(?![a-zà-ÿа-я])|[。！？｡]+[」』”’）]*|\n+)")
-NO_TERMINATORS = re.compile(r"[\u0E00-\u0EFF\u1780-\u17FF\u1000-\u109F]")  # Thai, Lao, Khmer, Burmese: spaces end phrases
+NO_TERMINATORS = re.compile(
+    r"[\u0E00-\u0EFF\u1780-\u17FF\u1000-\u109F]"
+)  # Thai, Lao, Khmer, Burmese: spaces end phrases
 PIECE = 150  # characters: about a sentence in those scripts
 
 
@@ -26,7 +29,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     """
     edges = [0, *(m.end() for m in BOUNDARY.finditer(text)), len(text)]
     spans = []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         if end - begin > PIECE and NO_TERMINATORS.search(text, begin, end):
             for space in re.finditer(r"\s+", text[begin:end]):
                 at = edges[0] if not spans else spans[-1][1]
@@ -66,15 +69,21 @@ def read(source: Source, problems: Problems) -> Iterator[Row]:
         for where, paragraph in paragraphs(path):
             if folded(paragraph["context"]) in texts:
                 continue
-            spans = paragraph.get("sentence_breaks") or (sentences(paragraph["context"]) if source.passage == "sentence" else [])
+            spans = paragraph.get("sentence_breaks") or (
+                sentences(paragraph["context"]) if source.passage == "sentence" else []
+            )
             for qa in paragraph["qas"]:
                 if str(qa.get("id")) in ids:
                     continue
-                found = _question(qa, paragraph["context"], spans, source, f"{where}, question {qa.get('id')!r}", problems)
+                found = _question(
+                    qa, paragraph["context"], spans, source, f"{where}, question {qa.get('id')!r}", problems
+                )
                 if found is None:
                     continue
                 if not source.files:
-                    yield Row({language: found[0]}, {language: found[1]}, {}, None, f"{where}, question {qa.get('id')!r}")
+                    yield Row(
+                        {language: found[0]}, {language: found[1]}, {}, None, f"{where}, question {qa.get('id')!r}"
+                    )
                     continue
                 queries, passages, _ = joined.setdefault(str(qa["id"]), ({}, {}, f"{where}, question {qa['id']!r}"))
                 queries.setdefault(language, found[0])
@@ -92,7 +101,9 @@ def row_of_record(record: dict[str, Any], source: Source, where: str, problems: 
     answers = record.get("answers") or {}
     if isinstance(answers, dict):
         starts = answers.get("answer_start") or answers.get("answer_begin_position") or []
-        answers = [{"text": text, "answer_start": at} for text, at in zip(answers.get("text") or [], starts, strict=False)]
+        answers = [
+            {"text": text, "answer_start": at} for text, at in zip(answers.get("text") or [], starts, strict=False)
+        ]
     context, qa = record.get("context"), {**record, "answers": answers}
     if not isinstance(context, str):
         problems.report(where, f"no text 'context'; the fields are {', '.join(record)}")
@@ -119,7 +130,9 @@ def _question(
     for begin, end in spans:
         if isinstance(start, int) and begin <= start < end:
             return question, context[begin:end]
-    problems.report(where, f"answer_start is {start!r}, which is in no sentence of its paragraph of {len(context)} characters")
+    problems.report(
+        where, f"answer_start is {start!r}, which is in no sentence of its paragraph of {len(context)} characters"
+    )
     return None
 
 
@@ -151,7 +164,9 @@ def paragraphs(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             hint = "an empty file" if not error.doc.strip() else f"not JSON: {error.msg}"
             raise DataError(f"{name}:{error.lineno}: {hint}") from None
         except UnicodeDecodeError as error:
-            raise DataError(f"{name}: not UTF-8 (byte {error.start}); convert it, for instance: iconv -f latin1 -t utf-8") from None
+            raise DataError(
+                f"{name}: not UTF-8 (byte {error.start}); convert it, for instance: iconv -f latin1 -t utf-8"
+            ) from None
         if not isinstance(document, dict) or not isinstance(document.get("data"), list):
             raise DataError(f'{name}: not SQuAD JSON; it must be {{"data": [{{"paragraphs": [...]}}]}}')
         for article, entry in enumerate(document["data"]):

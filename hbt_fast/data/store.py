@@ -32,11 +32,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from hbt_fast.data.rows import DataError, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
 ARRAYS = {
@@ -109,14 +113,18 @@ class Store:
                 f"{folder}: no token store there (no store.json); build one with python -m hbt_fast.prepare"
             ) from None
         if meta["format"] != FORMAT:
-            raise DataError(f"{folder}: a store of format {meta['format']}, this program reads {FORMAT}; delete the folder")
+            raise DataError(
+                f"{folder}: a store of format {meta['format']}, this program reads {FORMAT}; delete the folder"
+            )
         arrays = {}
         for name, dtype in ARRAYS.items():
             path = folder / f"{name}.npy"
             try:
                 arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
-                raise DataError(f"{path}: missing or damaged ({error}); delete {folder} and prepare the data again") from None
+                raise DataError(
+                    f"{path}: missing or damaged ({error}); delete {folder} and prepare the data again"
+                ) from None
             if arrays[name].dtype != dtype or len(arrays[name]) != meta["lengths"][name]:
                 raise DataError(f"{path}: not the array that was written; delete {folder} and prepare the data again")
         return cls(folder, tuple(meta["languages"]), tuple(meta["sources"]), tuple(meta["weights"]), **arrays)
@@ -174,7 +182,7 @@ def folded(text: str) -> str:
 def build_store(
     folder: str | Path,
     sources: Iterable[tuple[str, float | None, Iterable[Row]]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerFast,
     query: Role,
     passage: Role,
     *,
@@ -187,7 +195,8 @@ def build_store(
         folder: where the store goes; an older one there is replaced.
         sources: (name, sampling weight or None, rows) of each source.
         tokenizer: a fast Hugging Face tokenizer (it works in parallel threads); its special tokens are added.
-        query, passage: prompts and length limits in tokens.
+        query: prompt and length limit of queries.
+        passage: of passages.
         progress: show a progress bar on stderr.
         batch_rows: rows tokenised at a time.
 
@@ -232,7 +241,7 @@ def build_store(
 class _Writer:
     """Collects the arrays of a store; tokens go to disk at once, the (much smaller) tables at the end."""
 
-    def __init__(self, folder: Path, tokenizer, roles: tuple[Role, Role]) -> None:
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, roles: tuple[Role, Role]) -> None:
         self.folder, self.tokenizer, self.roles = folder, tokenizer, roles
         self.languages: list[str] = []
         self.language_numbers: dict[str, int] = {}

@@ -9,12 +9,15 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Pooling = Literal["mean", "cls"]
 PROMPTS = {"query": "Query: ", "passage": "Passage: "}
@@ -39,7 +42,7 @@ class Encoder(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         *,
         pooling: Pooling = "mean",
         max_length: int = 512,
@@ -71,7 +74,9 @@ class Encoder(nn.Module):
 
         Args:
             path: checkpoint folder or hub name.
-            pooling, max_length, prompts: see the class.
+            pooling: see the class.
+            max_length: see the class.
+            prompts: see the class.
             dropout: replaces every dropout probability of the checkpoint's config.
             autocast: see the class.
 
@@ -82,7 +87,9 @@ class Encoder(nn.Module):
 
         path = str(path)
         if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-            raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
+            raise EncoderError(
+                f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base"
+            )
         recorded = _sentence_transformers_settings(Path(path))
         try:
             config = AutoConfig.from_pretrained(path)
@@ -128,7 +135,9 @@ class Encoder(nn.Module):
             (n, d) unit vectors, float32 (float64 if the weights are).
         """
         lengths = cu_seqlens.diff().tolist()
-        ids_nL = pad_sequence(tokens.long().split(lengths), batch_first=True, padding_value=self.model.config.pad_token_id)
+        ids_nL = pad_sequence(
+            tokens.long().split(lengths), batch_first=True, padding_value=self.model.config.pad_token_id
+        )
         length_n = torch.tensor(lengths, device=tokens.device)
         mask_nL = (torch.arange(ids_nL.shape[1], device=tokens.device) < length_n[:, None]).long()
         with torch.autocast(tokens.device.type, self.autocast) if self.autocast else nullcontext():

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from hbt_fast.encoder.model import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # XLM-R's, in its order
 
@@ -29,7 +33,7 @@ class ScratchConfig:
     heads: int = 6
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int):
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A SentencePiece-like unigram tokenizer with XLM-R's special tokens, as a fast Hugging Face tokenizer.
 
     Args:
@@ -54,7 +58,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int):
     )
 
 
-def encoder_from_scratch(tokenizer, shape: ScratchConfig, *, max_length: int, dropout: float, seed: int) -> Encoder:
+def encoder_from_scratch(
+    tokenizer: PreTrainedTokenizerFast, shape: ScratchConfig, *, max_length: int, dropout: float, seed: int
+) -> Encoder:
     """An XLM-R of the given shape with random weights (a function of the seed), mean pooling and no prompts set.
 
     Args:

@@ -19,7 +19,7 @@ by hand.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class TorchEngine:
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.module(*inputs)
 
-    def accumulate(self):
+    def accumulate(self) -> AbstractContextManager:
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -65,7 +65,9 @@ class TorchEngine:
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
             dist.all_reduce(flat)
-            for p, grad in zip(trained, (flat / dist.get_world_size()).split([p.numel() for p in trained]), strict=True):
+            for p, grad in zip(
+                trained, (flat / dist.get_world_size()).split([p.numel() for p in trained]), strict=True
+            ):
                 p.grad = grad.view_as(p)
         norm = torch.nn.utils.clip_grad_norm_(trained, self.clip or float("inf"))
         self.optimizer.step()

@@ -1,4 +1,4 @@
-"""Gradient caching (Gao et al., arXiv 2101.06983): the gradient of a loss over a large batch in the memory of a small one.
+"""Gradient caching (Gao et al., arXiv 2101.06983): gradients over a large batch in the memory of a small one.
 
 Every micro-batch is embedded without a graph; the loss over all embeddings gives the gradient of each; then every
 micro-batch is embedded again, with a graph, and sent backward against its part of that gradient. Random states are
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hbt_fast.data.draws import key_of
 from hbt_fast.data.pack import MicroBatch
+from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine
 
 
 def cached_backward(
-    engine,
+    engine: TorchEngine | DeepSpeedEngine,
     micro_batches: Sequence[MicroBatch],
     loss_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,

@@ -34,7 +34,8 @@ def save_checkpoint(
     Args:
         run: the run folder.
         step: updates done.
-        parameters, moments: what the engine's `state()` gave.
+        parameters: by name; what the engine's `state()` gave.
+        moments: the same of the optimizer.
         identity: what must be the same for a run that goes on from it (JSON).
         keep: how many checkpoints stay, at least 1.
     """

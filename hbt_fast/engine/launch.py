@@ -7,11 +7,15 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine, adamw
+
+if TYPE_CHECKING:
+    from hbt_fast.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class World:
             dist.barrier(self.group)
 
 
-def start(settings) -> World:
+def start(settings: TrainConfig) -> World:
     """Join the other ranks, if a launcher (deepspeed, torchrun) started several.
 
     Args:
@@ -57,7 +61,13 @@ def start(settings) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 and not uses_deepspeed(settings):
         return World(0, 1, device, autocast)
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 0,
+    }.items():
         os.environ.setdefault(name, str(value))
     if not dist.is_initialized():
         timeout = timedelta(minutes=settings.timeout_minutes)
@@ -65,7 +75,7 @@ def start(settings) -> World:
     return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None)
 
 
-def uses_deepspeed(settings) -> bool:
+def uses_deepspeed(settings: TrainConfig) -> bool:
     """Whether DeepSpeed owns the optimizer."""
     if settings.engine == "auto":
         return settings.zero_stage > 0 or settings.deepspeed is not None or "LOCAL_RANK" in os.environ
@@ -74,7 +84,7 @@ def uses_deepspeed(settings) -> bool:
     return settings.engine == "deepspeed"
 
 
-def make_engine(module: torch.nn.Module, settings, world: World) -> TorchEngine | DeepSpeedEngine:
+def make_engine(module: torch.nn.Module, settings: TrainConfig, world: World) -> TorchEngine | DeepSpeedEngine:
     """The engine around a module that is on its device already.
 
     Args:

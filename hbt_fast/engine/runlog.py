@@ -46,7 +46,16 @@ class RunLog:
             path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def step(
-        self, step: int, plan: BatchPlan, loss: float, accuracy: float, *, norm: float, rate: float, tokens: int, seconds: float
+        self,
+        step: int,
+        plan: BatchPlan,
+        loss: float,
+        accuracy: float,
+        *,
+        norm: float,
+        rate: float,
+        tokens: int,
+        seconds: float,
     ) -> None:
         """One step is done: a line in metrics.jsonl, every `log_every` steps a line for people."""
         if not self.on:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from hbt_fast.config import TrainConfig
 
-def learning_rates(settings) -> Callable[[int], float]:
+
+def learning_rates(settings: TrainConfig) -> Callable[[int], float]:
     """The learning rate of every step (counted from 0), without state.
 
     Args:

@@ -1,14 +1,14 @@
 """Numba kernel: how many candidates of each language outscore each relevant candidate, over a chunk of score rows.
 
 Design record. For each query and language block, one pass per relevant candidate over the block of the score row, in
-two loops: before the split a candidate wins ties (>=), after it does not (>). Blocks are the outer loop, so that a block
-(5 kB at XQuAD-R's 1,200 sentences per language) stays in the L1 cache over all relevant candidates. 28e9 comparisons per
-second on two Zen 3 cores: a tenth of the time of the matrix product at d = 384 with 11 relevant candidates.
+two loops: before the split a candidate wins ties (>=), after it does not (>). Blocks are the outer loop, so that one
+(5 kB at XQuAD-R's 1,200 sentences per language) stays in the L1 cache over all relevant candidates. 28e9 comparisons
+per second on two Zen 3 cores: a tenth of the time of the matrix product at d = 384 with 11 relevant candidates.
 
 What made the difference, on those cores: a loop over indices in its own function against ``for score in row[a:b]`` in
-place, 22 against 1.8 e9/s; int32 counts (8 lanes) against int64 (4), 22 against 11; blocks outside, 28 against 22. Tried
-and lost: float32 counts with fastmath (2 e9/s with the slow loop), whole-chunk torch comparisons (a mask is written per
-relevant candidate: four times the time of the product).
+place, 22 against 1.8 e9/s; int32 counts (8 lanes) against int64 (4), 22 against 11; blocks outside, 28 against 22.
+Tried and lost: float32 counts with fastmath (2 e9/s with the slow loop), whole-chunk torch comparisons (a mask is
+written per relevant candidate: four times the time of the product).
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def heat_map(results: Results, path: str | Path, before: Results | None = None) 
 
     panels = [results] if before is None else [before, results]
     n = len(results.languages)
-    side = min(1.4 + 0.5 * n, 16.0)
+    side = min(max(1.4 + 0.5 * n, 4.2), 16.0)  # below 4.2 inches the title does not fit
     figure = Figure(figsize=((side + 0.9) * len(panels) + 0.8, side + 1.0), layout="constrained")
     FigureCanvasAgg(figure)  # draws to a file whatever backend the program uses
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -71,7 +71,8 @@ def heat_map(results: Results, path: str | Path, before: Results | None = None) 
         low, high = max(0.0, high - 0.05), high
     for axis, panel, when in zip(axes, panels, ("before", "after") if before else ("",), strict=True):
         image = _panel(axis, panel, low, high, font=max(5.0, min(8.5, 110 / max(n, 1))))
-        name = f"{when}: {panel.model}" if when and panel.model else (when or panel.model or "mAP")
+        model = panel.model if len(panel.model) <= 40 else "…" + panel.model[-39:]
+        name = ": ".join(part for part in dict.fromkeys((when, model)) if part) or "mAP"
         axis.set_title(
             f"{name}\nMo {panel.mo:.3f}   Cr {panel.cr:.3f}   Mul {panel.mul:.3f}   "
             f"rank distance {panel.rank_distance:,.0f}",

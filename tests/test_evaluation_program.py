@@ -1,0 +1,214 @@
+"""Claims about search, results on disk, and the evaluation program from the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from test_evaluation_tasks import paragraph, write
+
+from hbt_fast import evaluate as program
+from hbt_fast.data.rows import DataError
+from hbt_fast.evaluation.metrics import Results
+from hbt_fast.evaluation.report import heat_map, write_report
+from hbt_fast.evaluation.run import EvaluationError, evaluate
+from hbt_fast.evaluation.search import language_bias, search
+from hbt_fast.evaluation.tasks import xquad_r
+
+
+@dataclass
+class WordEncoder:
+    """Vectors from words: a text's language is its first word, its matter the rest; remembers what it was asked."""
+
+    calls: list = field(default_factory=list)
+    break_text: str | None = None
+    query_dimension: int = 64
+
+    def encode(self, texts, prompt="", progress=False):
+        self.calls.append((prompt, list(texts)))
+        vectors = []
+        for text in texts:
+            rng = np.random.default_rng(list(text.encode()))
+            vectors.append(rng.standard_normal(self.query_dimension if text.endswith("?") else 64))
+            if text == self.break_text:
+                vectors[-1][5] = np.nan
+        vectors = np.array(vectors, dtype=np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return write(folder, en=paragraph("en"), de=paragraph("de"))
+
+
+@pytest.fixture
+def results(folder):
+    return evaluate(WordEncoder(), xquad_r(folder), model="words", device="cpu", log=None)
+
+
+def test_faiss_equals_brute_force():
+    rng = np.random.default_rng(0)
+    queries, candidates = (rng.standard_normal((n, 24)).astype(np.float32) for n in (50, 300))
+    scores, indices = search(queries, candidates, 7, device="cpu")
+    expected = np.argsort(-(queries @ candidates.T), axis=1)[:, :7]
+    assert np.array_equal(indices, expected)
+    np.testing.assert_allclose(scores, np.take_along_axis(queries @ candidates.T, expected, axis=1), rtol=1e-5)
+
+
+def test_equal_scores_come_in_candidate_order():
+    candidates = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)[::-1].copy()
+    _, indices = search(np.eye(3, dtype=np.float32), candidates, 12, device="cpu")
+    assert (indices[:, :4] == [[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3]]).all()
+
+
+def test_search_says_what_is_wrong():
+    vectors = np.eye(4, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"k = 5 must lie in 1 \.\. 4"):
+        search(vectors, vectors, 5)
+    with pytest.raises(ValueError, match="equal d"):
+        search(vectors, vectors[:, :2].copy(), 1)
+    with pytest.raises(ValueError, match="device must be"):
+        search(vectors, vectors, 1, device="tpu")
+
+
+def test_language_bias_by_hand():
+    # Pool: 3 de, 1 en. The de queries see [de, de] with the answer first, the en query [de, en] with its answer second.
+    bias = language_bias(
+        np.array([[0, 1], [1, 2], [2, 3]]), ["de", "de", "en"], ["de", "de", "de", "en"],
+        np.array([0, 1, 2, 4]), np.array([0, 1, 1, 3]),
+    )  # fmt: skip
+    assert bias == {"accuracy@1": 0.5, "own-language@1": 0.5, "own-language@2": 0.75, "pool share": 0.5}
+    # Only the second place holds an answer: not accurate.
+    languages = ["de"] * 3
+    bias = language_bias(np.array([[0, 1]]), ["de"], languages, np.array([0, 1]), np.array([1]))
+    assert bias["accuracy@1"] == 0.0
+
+
+def test_accuracy_at_1_agrees_with_the_exact_ranks(folder):
+    from hbt_fast.evaluation.ranks import exact_ranks
+
+    rng = np.random.default_rng(1)
+    task = xquad_r(folder)
+    queries, candidates = (rng.standard_normal((len(t), 4)).astype(np.float32) for t in (task.queries, task.candidates))
+    arguments = (task.query_languages, task.candidate_languages, task.offsets, task.relevant)
+    _, indices = search(queries, candidates, 1, device="cpu")
+    ranks = exact_ranks(queries, candidates, *arguments)
+    first = np.unique(ranks.query[ranks.in_whole_pool == 1])
+    assert language_bias(indices, *arguments)["accuracy@1"] == len(first) / len(task.queries)
+
+
+def test_prompts_reach_the_encoder_and_equal_texts_are_encoded_once(tmp_path):
+    content = paragraph("en")
+    content["sentences"][0] = content["sentences"][1]
+    encoder = WordEncoder()
+    evaluate(encoder, xquad_r(write(tmp_path, en=content)), "ask: ", "tell: ", device="cpu", log=None)
+    assert encoder.calls == [("ask: ", ["en q1?", "en q2?"]), ("tell: ", ["en two.", "en three."])]
+
+
+def test_bad_encoders_are_named(folder):
+    task = xquad_r(folder)
+    with pytest.raises(EvaluationError, match=r"1 of 6 candidate vectors hold NaN .* 'en two\.'"):
+        evaluate(WordEncoder(break_text="en two."), task, log=None)
+    with pytest.raises(EvaluationError, match="query vectors have 32 dimensions, candidate vectors 64"):
+        evaluate(WordEncoder(query_dimension=32), task, log=None)
+
+
+def test_results_survive_json(results):
+    holes = replace(results, cr=math.nan, matrix=[[0.1, math.nan], [1 / 3, 1.0]])
+    assert "NaN" not in holes.to_json()
+    again = Results.from_json(holes.to_json())
+    assert math.isnan(again.cr)
+    assert math.isnan(again.matrix[0][1])
+    assert again.to_json() == holes.to_json()
+    assert Results.from_json(results.to_json()) == results
+    with pytest.raises(ValueError, match="not a result file"):
+        Results.from_json('{"loss": 1}')
+
+
+@pytest.mark.parametrize("with_before", [False, True])
+def test_report_writes_three_files(results, tmp_path, with_before):
+    before = replace(results, mo=0.125) if with_before else None
+    paths = write_report(results, tmp_path / "new" / "out.json", before)
+    assert [p.name for p in paths] == ["out.json", "out.md", "out.png"]
+    assert Results.from_json(paths[0].read_text()) == results
+    assert ("0.1250" in paths[1].read_text()) == with_before
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="must be equal"):
+        heat_map(results, paths[2], replace(results, languages=["xx", "yy"]))
+
+
+def test_program_prints_and_writes(folder, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    status = program.main(
+        [str(tmp_path), "--data", str(folder), "--out", str(out), "--device", "cpu"], lambda args: WordEncoder()
+    )
+    printed = capsys.readouterr().out
+    results = Results.from_json(out.read_text())
+    assert status == 0
+    assert f"Mo {results.mo:.4f}  Cr {results.cr:.4f}  Mul {results.mul:.4f}  RD {results.rank_distance:.1f}" in printed
+    assert "query prompt 'Query: ' (default" in printed
+    assert out.with_suffix(".md").is_file()
+    assert out.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "flags", "expected"),
+    [
+        (None, [], ("Query: ", "Passage: ")),
+        ({"query": "query: ", "document": "passage: "}, [], ("query: ", "passage: ")),
+        ({"query": "", "passage": "p", "document": "d"}, [], ("", "p")),
+        ({"query": "query: "}, ["--passage-prompt", ""], ("query: ", "")),
+    ],
+)
+def test_prompts_come_from_the_command_line_then_the_model_then_the_paper(tmp_path, recorded, flags, expected):
+    if recorded is not None:
+        (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": recorded}))
+    assert program.choose_prompts(program.parse([str(tmp_path), "--data", "d", *flags]))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "absent"], "no such folder"),
+        (["--data", "DATA", "--languages", "en,xx"], "no file for languages ['xx']"),
+        (["--data", "DATA", "--before", "absent.json"], "absent.json"),
+        (["--data", "DATA", "--before", "DATA/en.json"], "not a result file"),
+    ],
+)
+def test_program_ends_with_a_message_and_2(folder, capsys, flags, message):
+    flags = [flag.replace("DATA", str(folder)) for flag in flags]
+    assert program.main(["some-model", *flags], lambda args: WordEncoder()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_program_names_a_bad_encoder_and_a_bad_model(folder, tmp_path, capsys):
+    assert program.main(["m", "--data", str(folder)], lambda args: WordEncoder(break_text="de one.")) == 2
+    assert "hold NaN" in capsys.readouterr().err
+    assert program.main([str(tmp_path / "no-model"), "--data", str(folder)]) == 2
+    assert "no-model" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        program.parse(["m", "--data", "d", "--out", "results.txt"])
+
+
+def test_a_broken_prompt_record_is_named(tmp_path):
+    (tmp_path / "config_sentence_transformers.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        program.recorded_prompts(tmp_path)
+
+
+def test_program_evaluates_a_real_encoder(folder, tmp_path, make_encoder, capsys):
+    """The whole way: an exported folder, its recorded prompts, its vectors."""
+    from hbt_fast.encoder.export import export
+
+    export(make_encoder(), tmp_path / "model")
+    assert program.main([str(tmp_path / "model"), "--data", str(folder), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "(recorded with the model)" in printed
+    assert "Mo " in printed

@@ -1,0 +1,150 @@
+"""Claims about evaluation tasks: XQuAD-R has the published counts, rows become tasks, bad data is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from hbt_fast.data.rows import DataError, Row
+from hbt_fast.evaluation.tasks import RetrievalTask, mlqa_r, task_from_rows, xquad_r
+
+
+def paragraph(language: str, ids: tuple[str, ...] = ("q1", "q2")) -> dict:
+    """Three sentences; question q1 is answered in the second, q2 in the third."""
+    sentences = [f"{language} one.", f"{language} two.", f"{language} three."]
+    context, breaks = " ".join(sentences), []
+    for sentence in sentences:
+        start = context.index(sentence)
+        breaks.append([start, start + len(sentence)])
+    qas = [
+        {
+            "id": name,
+            "question": f"{language} {name}?",
+            "answers": [{"answer_start": breaks[i + 1][0] + 3, "text": "t"}],
+        }
+        for i, name in enumerate(("q1", "q2"))
+        if name in ids
+    ]
+    return {"context": context, "qas": qas, "sentences": sentences, "sentence_breaks": breaks}
+
+
+def write(folder, **paragraphs):
+    for language, content in paragraphs.items():
+        data = {"data": [{"title": "t", "paragraphs": [content]}], "version": "1"}
+        (folder / f"{language}.json").write_text(json.dumps(data), encoding="utf-8")
+    return folder
+
+
+def relevant_texts(task: RetrievalTask, query: int) -> list[str]:
+    return [task.candidates[c] for c in task.relevant[task.offsets[query] : task.offsets[query + 1]]]
+
+
+def test_xquad_r_has_the_published_counts(shared_data):
+    if not (shared_data / "xquad-r").is_dir():
+        pytest.skip(f"no XQuAD-R in {shared_data}")
+    task = xquad_r(shared_data / "xquad-r")
+    assert (len(task.queries), len(task.candidates), len(task.languages)) == (13_090, 13_014, 11)
+    assert (np.diff(task.offsets) == 11).all()
+    # The answers of a question are one per language, and parallel questions share them.
+    language = np.array(task.candidate_languages)[task.relevant].reshape(-1, 11)
+    assert (np.sort(language, axis=1) == np.array(task.languages)).all()
+    answers = set(zip(task.query_ids, map(tuple, task.relevant.reshape(-1, 11).tolist()), strict=True))
+    assert len(answers) == len(set(task.query_ids)) == 1_190
+    first = task.queries.index("How many points did the Panthers defense surrender?")
+    assert any("just 308 points" in text for text in relevant_texts(task, first))
+
+
+def test_answer_sentence_is_where_the_answer_starts(tmp_path):
+    task = xquad_r(write(tmp_path, en=paragraph("en"), de=paragraph("de")))
+    assert task.queries == ["de q1?", "de q2?", "en q1?", "en q2?"]
+    assert [relevant_texts(task, i) for i in range(4)] == [["de two.", "en two."], ["de three.", "en three."]] * 2
+
+
+def test_context_follows_the_sentence_and_languages_restrict(tmp_path):
+    write(tmp_path, en=paragraph("en"), de=paragraph("de"), fr=paragraph("fr"))
+    task = xquad_r(tmp_path, context=True, languages=["fr", "en"])
+    assert task.languages == ["en", "fr"]
+    assert task.candidates[1] == "en two.\nen one. en two. en three."
+
+
+def test_a_missing_translation_is_an_error_for_xquad_r_and_a_hole_for_mlqa_r(tmp_path):
+    write(tmp_path, en=paragraph("en"), de=paragraph("de", ids=("q1",)))
+    with pytest.raises(DataError, match=r"de\.json: question id 'q2' is missing"):
+        xquad_r(tmp_path)
+    task = mlqa_r(tmp_path)
+    assert [relevant_texts(task, i) for i in range(3)] == [["de two.", "en two."]] * 2 + [["en three."]]
+
+
+def test_rows_become_a_task_with_parallel_answers():
+    rows = [
+        Row({"en": "q a", "de": "f a"}, {"en": "p", "de": "t"}, content="x"),
+        Row({"en": "q b"}, {"en": "p", "de": "t"}, content="x"),  # a second question on the same passage
+        Row({"en": "q c"}, {"en": "p"}, content="y"),  # equal text, other content: a candidate of its own
+        Row({"fr": "q d"}, {"fr": "r"}),
+    ]
+    task = task_from_rows("rows", rows)
+    assert list(zip(task.candidate_languages, task.candidates, strict=True)) == [
+        ("en", "p"), ("de", "t"), ("en", "p"), ("fr", "r"),
+    ]  # fmt: skip
+    assert [task.relevant[a:b].tolist() for a, b in zip(task.offsets, task.offsets[1:], strict=False)] == [
+        [0, 1], [0, 1], [0, 1], [2], [3],
+    ]  # fmt: skip
+    assert task.query_ids == ["0", "0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda p: p.pop("sentences"), r'en\.json: article 0, paragraph 0: no "sentences"'),
+        (lambda p: p["sentence_breaks"].pop(), r"3 sentences but 2 sentence_breaks"),
+        (lambda p: p["qas"][0]["answers"].clear(), r"question 'q1' has no answer"),
+        (lambda p: p["qas"][0]["answers"][0].update(answer_start=999), r"starts at 999, which is in no sentence"),
+        (lambda p: p["qas"].append(copy.deepcopy(p["qas"][0])), r"question id 'q1' occurs twice"),
+        (lambda p: p["qas"].clear(), r"no questions in it"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, break_it, message):
+    content = paragraph("en")
+    break_it(content)
+    with pytest.raises(DataError, match=message):
+        xquad_r(write(tmp_path, en=content))
+
+
+def test_bad_folders_and_rows_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        xquad_r(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"no \.json file"):
+        xquad_r(tmp_path)
+    (tmp_path / "en.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"en\.json: not valid JSON"):
+        xquad_r(tmp_path)
+    with pytest.raises(DataError, match=r"no file for languages \['xx'\]; there are en"):
+        xquad_r(tmp_path, languages=["en", "xx"])
+    with pytest.raises(DataError, match="no row has a query"):
+        task_from_rows("empty", [])
+    with pytest.raises(DataError, match=r"made\.jsonl:7: no passage"):
+        task_from_rows("bad", [Row({"en": "q"}, {}, where="made.jsonl:7")])
+
+
+@pytest.mark.parametrize(
+    ("offsets", "relevant", "message"),
+    [
+        ([0, 0, 1], [0], "query 'a' has no relevant candidate"),
+        ([0, 1, 2], [0, 2], r"must lie in 0 \.\. 1"),
+        ([0, 1, 3], [0, 1, 1], "query 'b' repeat"),
+        ([0, 1, 2], [0, 1, 1], r"len\(relevant\) = 3"),
+    ],
+)
+def test_inconsistent_tasks_are_refused(offsets, relevant, message):
+    with pytest.raises(DataError, match=message):
+        RetrievalTask("t", ["x", "y"], ["en"] * 2, ["a", "b"], ["p", "q"], ["en"] * 2,
+                      np.array(offsets), np.array(relevant))  # fmt: skip
+
+
+def test_relevant_lists_may_start_lower_than_the_one_before():
+    RetrievalTask(
+        "t", ["x", "y"], ["en"] * 2, ["a", "b"], ["p", "q"], ["en"] * 2, np.array([0, 1, 2]), np.array([1, 0])
+    )

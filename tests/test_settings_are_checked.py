@@ -1,0 +1,71 @@
+"""The command line: YAML, overrides in both spellings, and errors that name the nearest right setting."""
+
+import pytest
+
+from hbt_fast.config import dump, parse
+from hbt_fast.engine.backends import deepspeed_config
+
+
+def parsed(*arguments):
+    return parse("hbt_fast.train", "trains", list(arguments))
+
+
+def test_a_file_then_the_command_line(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "batch: {size: 32, strategy: cross}\ndata:\n  sources: [{path: x.jsonl, weight: 2}]\n"
+    )
+    config = parsed("--config", str(tmp_path / "a.yaml"), "train.steps=7", "--batch.size", "64", "--local_rank=1")
+    assert (config.batch.size, config.batch.strategy, config.train.steps) == (64, "cross", 7)
+    assert config.data.sources[0].path == "x.jsonl"
+    assert parsed("data.sources=[{path: b.tsv, bitext: true}]").data.sources[0].bitext
+
+
+def test_what_is_written_reads_back_equal(tmp_path):
+    config = parsed("data.sources=[{path: x.jsonl, files: {}, fields: {query: q}}]", "loss.temperature=0.02")
+    (tmp_path / "b.yaml").write_text(dump(config))
+    assert parsed("--config", str(tmp_path / "b.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("train.stepz=3", "did you mean train.steps"),
+        ("--train.learning_rat=3", "did you mean train.learning_rate"),
+        ("batch.strategy=hybird", "batch.strategy"),
+        ("train.steps=many", "train.steps"),
+        ("data.sources=[{pth: x}]", "did you mean path"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_nearest_right_one(argument, hint):
+    with pytest.raises(SystemExit) as error:
+        parsed(argument)
+    assert hint in str(error.value)
+
+
+def test_a_wrong_key_in_a_file_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("batch: {siez: 32}\n")
+    with pytest.raises(SystemExit) as error:
+        parsed("--config", str(tmp_path / "a.yaml"))
+    assert "did you mean" in str(error.value)
+    assert "size" in str(error.value)
+
+
+def test_help_names_every_group(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    text = capsys.readouterr().out
+    for words in ("--batch.strategy", "--train.zero_stage", "--print_config", "monolingual batches"):
+        assert words in text
+
+
+def test_a_deepspeed_file_is_merged_and_conflicts_are_named():
+    merged = deepspeed_config(
+        1.0, 2, {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "wall_clock_breakdown": True}
+    )
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 5
+    assert merged["gradient_clipping"] == 1.0
+    assert merged["wall_clock_breakdown"]
+    with pytest.raises(ValueError, match=r"'optimizer' is decided by hbt_fast; set train.learning_rate"):
+        deepspeed_config(1.0, 2, {"optimizer": {"type": "Adam"}})
+    with pytest.raises(ValueError, match=r"stage 3.*zero_stage says 2"):
+        deepspeed_config(1.0, 2, {"zero_optimization": {"stage": 3}})
