@@ -17,6 +17,7 @@ TRAIN = [
     "numba>=0.62",  # batch plan, packing, rank counting
     "jsonargparse>=4.49",  # YAML + command line -> frozen dataclasses
     "PyYAML>=6",  # writes the resolved settings
+    "defusedxml>=0.7",  # TMX without entity bombs
     "fsspec>=2024.6",  # .gz, .zip members, globs
     "langcodes>=3.5",  # one code per language, whatever the source calls it
     "xxhash>=3.4",  # hashes of texts and files

@@ -1,1 +1,5 @@
-"""hbt_fast: hybrid batch training for multilingual dense retrieval (arXiv 2408.10536)."""
+"""hbt_fast: hybrid batch training for multilingual dense retrieval (arXiv 2408.10536), and its contrastive loss alone."""
+
+from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad, negative_variance
+
+__all__ = ["InfoNCELoss", "info_nce", "info_nce_with_grad", "negative_variance"]

@@ -8,12 +8,15 @@ from pathlib import Path
 from hbt_fast.config import Config, dump
 from hbt_fast.data.store import Store
 from hbt_fast.encoder import Encoder
+from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World
 from hbt_fast.engine.runlog import RunLog
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import comparison, write_report
 from hbt_fast.evaluation.run import evaluate
 from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows, xquad_r
+
+BEFORE, AFTER = "before training", "after training"
 
 
 def load_task(config: Config) -> RetrievalTask | None:
@@ -27,9 +30,7 @@ def load_task(config: Config) -> RetrievalTask | None:
         languages = settings.languages or config.data.languages
         return task_from_rows("held-out CLDR concepts", cldr_rows("test", tuple(languages) if languages else None))
     if settings.data is None:
-        raise ValueError(
-            "eval.task is xquad-r, but eval.data is not set; write the folder of its <language>.json files"
-        )
+        raise SettingError("eval.task is xquad-r, but eval.data is not set; write the folder of its JSON files")
     return xquad_r(settings.data, context=settings.context, languages=settings.languages)
 
 
@@ -44,6 +45,8 @@ def evaluate_model(encoder: Encoder, config: Config, world: World, log: RunLog, 
     )
     headline = {"mo": results.mo, "cr": results.cr, "mul": results.mul, "rank_distance": results.rank_distance}
     log.evaluation(when, headline)
+    if when == BEFORE:
+        (log.run / "evaluation-before.json").write_text(results.to_json(), encoding="utf-8")
     log.say(
         f"mAP monolingual {results.mo:.4f}  cross-lingual {results.cr:.4f}  multilingual {results.mul:.4f}  "
         f"rank distance {results.rank_distance:,.1f}\n"
@@ -51,12 +54,21 @@ def evaluate_model(encoder: Encoder, config: Config, world: World, log: RunLog, 
     return results
 
 
+def evaluate_before(encoder: Encoder, config: Config, world: World, log: RunLog) -> Results | None:
+    """The evaluation of the untrained model; a resumed run takes it from where it was written."""
+    written = log.run / "evaluation-before.json"
+    if not config.eval.before:
+        return None
+    if config.train.resume and written.is_file():
+        return Results.from_json(written.read_text(encoding="utf-8"))
+    return evaluate_model(encoder, config, world, log, BEFORE)
+
+
 def before_and_after(before: Results | None, after: Results | None, run: Path) -> dict[str, Path]:
     """Write evaluation.json, .md and .png, print the table; returns the paths by what they are."""
     if after is None:
         return {}
     if before is not None:
-        (run / "evaluation-before.json").write_text(before.to_json(), encoding="utf-8")
         print("\nmAP on " + after.task + "\n\n" + comparison(before, after), flush=True)
     paths = write_report(after, run / "evaluation.json", before)
     return dict(zip(("results (JSON)", "results (table)", "heat map"), paths, strict=True))

@@ -27,7 +27,7 @@ from hbt_fast.data.store import Store
 from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.encoder.export import export
 from hbt_fast.encoder.scratch import encoder_from_scratch
-from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine
+from hbt_fast.engine.backends import DeepSpeedEngine, SettingError, TorchEngine
 from hbt_fast.engine.cached_step import cached_backward
 from hbt_fast.engine.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
 from hbt_fast.engine.launch import World, make_engine, start
@@ -35,7 +35,7 @@ from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.schedule import learning_rates
 from hbt_fast.loss import info_nce_with_grad, negative_variance
 from hbt_fast.prepare import prepare
-from hbt_fast.report import before_and_after, evaluate_model, write_model_card
+from hbt_fast.report import AFTER, before_and_after, evaluate_before, evaluate_model, write_model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,10 +51,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-class SettingError(ValueError):
-    """Settings that do not go together."""
-
-
 def train(config: Config) -> Path:
     """A whole run: data, training, evaluation, export. Returns the run folder."""
     world = start(config.train)
@@ -65,20 +61,15 @@ def train(config: Config) -> Path:
     store, tokenizer = prepare(config, world)
     planner = make_planner(store, config)
     encoder = make_encoder(config, tokenizer, world)
-    before = evaluate_model(encoder, config, world, log, "before training") if config.eval.before else None
-
-    identity = {"batches": planner.identity, "steps": config.train.steps}
-    first, moments = 0, None
+    identity = {**planner.identity, "steps": config.train.steps}
+    first, parameters, moments = 0, None, None
     if config.train.resume and (checkpoint := newest_checkpoint(run)):
         first, parameters, moments = load_checkpoint(checkpoint, identity)
-        encoder.load_state_dict(parameters)
         log.say(f"resuming from {checkpoint}: {first} of {config.train.steps} steps are done")
-    elif newest_checkpoint(run):
-        raise SettingError(
-            f"{run} holds checkpoints of an earlier run; go on from them with train.resume=true, or choose another "
-            "train.run_dir"
-        )
+    before = evaluate_before(encoder, config, world, log)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()
+    if parameters:
+        encoder.load_state_dict(parameters)  # before the engine shards them
     engine = make_engine(encoder, config.train, world)
     if moments:
         engine.restore(moments, first)
@@ -105,7 +96,7 @@ def train(config: Config) -> Path:
     if world.first:
         folder = export(encoder, run / "model", parameters)
         exported = Encoder.from_pretrained(folder, autocast=world.autocast).to(world.device)
-        after = evaluate_model(exported, config, world, log, "after training")
+        after = evaluate_model(exported, config, world, log, AFTER)
         plots = before_and_after(before, after, run)
         write_model_card(folder, config, store, before, after)
         log.finish({"exported model": folder, "settings": run / "config.yaml", **plots})

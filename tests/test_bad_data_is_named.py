@@ -98,6 +98,24 @@ def test_broken_xml_is_named_with_its_line(tmp_path):
         read(Source(path=write(tmp_path / "a.tmx", "<tmx><body>", "<tu>", "</body></tmx>")))
 
 
+def test_an_entity_bomb_is_refused(tmp_path):
+    bomb = '<!DOCTYPE t [<!ENTITY a "xxxx"><!ENTITY b "&a;&a;">]><tmx><tu><tuv><seg>&b;</seg></tuv></tu></tmx>'
+    with pytest.raises(DataError, match="declares XML entities"):
+        read(Source(path=write(tmp_path / "a.tmx", bomb)))
+
+
+def test_articles_negatives_and_documents_of_a_wrong_kind_are_named(tmp_path):
+    with pytest.raises(DataError, match="article 0: not an object"):
+        read(Source(path=write(tmp_path / "a.json", {"data": [3]}), language="en"))
+    with pytest.raises(DataError, match=r"b.jsonl:1: 'negatives' holds something that is no text"):
+        read(Source(path=write(tmp_path / "b.jsonl", {**GOOD, "negatives": ["x", None]})))
+    with pytest.raises(DataError, match=r"c.jsonl:1: 'negatives' must be a text"):
+        read(Source(path=write(tmp_path / "c.jsonl", {**GOOD, "negatives": 3})))
+    files = {"en": write(tmp_path / "en.txt", "a", "b"), "de": write(tmp_path / "de.txt", "x", "y")}
+    with pytest.raises(DataError, match=r"docs: has 1 lines"):
+        read(Source(files=files, documents=write(tmp_path / "docs", "d")))
+
+
 def test_codes_of_all_kinds_become_one():
     found = [normalise(c) for c in ("en", "eng-US", "en_GB", "arb", "zho-CN", "zh-TW", "ckb-Arab", "nob", "swa")]
     assert found == ["en", "en", "en", "ar", "zh", "zh", "ckb", "nb", "sw"]

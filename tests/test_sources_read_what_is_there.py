@@ -131,6 +131,12 @@ def test_a_pair_outside_the_wanted_languages_is_left_out(tmp_path):
     assert len(rows(Source(path=str(path), bitext=True), ("en", "de"))) == 1
 
 
+def test_a_table_without_a_first_line_of_names_is_told_them(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("house\tHaus\n")
+    assert rows(Source(path=str(path), bitext=True, columns=["en", "de"])) == [({"en": "house", "de": "Haus"},) * 2]
+
+
 def test_compressed_files_and_members_of_archives_are_read(tmp_path):
     text = 'query\tpassage\nWho "x"?\tShe.\n'
     (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(text.encode()))

@@ -125,7 +125,13 @@ def _row(record: dict[str, Any], source: Source, where: str, problems: Problems)
     negatives = record.get(name["negatives"]) or {}
     if isinstance(negatives, str | list):
         negatives = {next(iter(sides["passage"])): negatives}
-    negatives = {code: (texts,) if isinstance(texts, str) else tuple(texts) for code, texts in negatives.items()}
+    if not isinstance(negatives, dict):
+        problems.report(where, f"{name['negatives']!r} must be a text, a list of texts, or such lists by language")
+        return None
+    negatives = {code: (texts,) if isinstance(texts, str) else tuple(texts or ()) for code, texts in negatives.items()}
+    if not all(isinstance(text, str) for texts in negatives.values() for text in texts):
+        problems.report(where, f"{name['negatives']!r} holds something that is no text")
+        return None
     return Row(sides["query"], sides["passage"], negatives, content, where)
 
 
@@ -135,9 +141,11 @@ def _no_field(name: str, role: str, record: dict[str, Any]) -> str:
 
 
 def read_tsv(source: Source, problems: Problems) -> Iterator[Row]:
-    """Tab-separated text; the first line names the columns: query, passage ..., or language codes (bitext: true)."""
+    """Tab-separated text. The first line (or the source's columns) names the columns: query, passage, ..., or, with
+    bitext: true, language codes.
+    """
     for path in expand(source.path):
-        header: list[str] | None = None
+        header = source.columns or None
         for number, text in lines(path):
             cells = next(csv.reader([text], delimiter="\t", quoting=csv.QUOTE_NONE), [])
             if header is None:
@@ -145,9 +153,9 @@ def read_tsv(source: Source, problems: Problems) -> Iterator[Row]:
                 needed = [source.fields.get(n, n) for n in ("query", "passage")]
                 if not source.bitext and not set(needed) <= set(header):
                     raise DataError(
-                        f"{path}:1: the first line must name the columns, among them {needed[0]!r} and "
-                        f"{needed[1]!r}; it has {', '.join(map(repr, header))}. For translations, name them by "
-                        "language (en, de) and set bitext: true"
+                        f"{path}:1: the first line must name the columns, among them {needed[0]!r} and {needed[1]!r}; "
+                        f"it has {', '.join(map(repr, header))}. For translations, name them by language (en, de) and "
+                        "set bitext: true. If the first line is data, list the names in the source's columns"
                     )
             elif len(cells) != len(header):
                 problems.report(f"{path}:{number}", f"{len(cells)} columns, the first line has {len(header)}")
@@ -159,17 +167,19 @@ def read_tsv(source: Source, problems: Problems) -> Iterator[Row]:
 
 
 def read_tmx(source: Source, problems: Problems) -> Iterator[Row]:
-    """TMX: every translation unit is a row of bitext."""
-    import xml.etree.ElementTree as ET
+    """TMX: every translation unit is a row of bitext. Entities are refused: they can make gigabytes of a small file."""
+    from xml.etree.ElementTree import ParseError
 
     import fsspec
+    from defusedxml import DefusedXmlException
+    from defusedxml.ElementTree import iterparse
 
     language_key = "{http://www.w3.org/XML/1998/namespace}lang"
     for path in [*expand(source.path)] if source.path else [f for p in source.files.values() for f in expand(p)]:
         unit, found = 0, False
         try:
             with fsspec.open(path, "rb", compression="infer") as file:
-                for _, element in ET.iterparse(file):
+                for _, element in iterparse(file):
                     if element.tag != "tu":
                         continue
                     unit, found = unit + 1, True
@@ -184,8 +194,12 @@ def read_tmx(source: Source, problems: Problems) -> Iterator[Row]:
                         problems.report(where, "fewer than two languages with a text")
                         continue
                     yield Row(texts, texts, {}, None, where)
-        except ET.ParseError as error:
+        except ParseError as error:
             raise DataError(f"{path}:{error.position[0]}: not well-formed XML ({error})") from None
+        except DefusedXmlException as error:
+            raise DataError(
+                f"{path}: declares XML entities ({error}), which are not read; write the texts out"
+            ) from None
         if not found:
             raise DataError(f"{path}: no translation unit (<tu>) in it")
 
@@ -210,6 +224,8 @@ def read_lines(source: Source, problems: Problems) -> Iterator[Row]:
         texts = {code: text for code, (_, text) in zip(paths, found, strict=True) if text.strip()}
         where = f"{next(iter(paths.values()))}:{number}"
         document = next(documents, None) if documents else None
+        if documents and document is None:
+            raise DataError(f"{source.documents}: has {number - 1} lines, {next(iter(paths.values()))} has more")
         if source.pair == "translation":
             yield Row(texts, texts, {}, str(number), where)
         elif before is not None and before[0] == document:

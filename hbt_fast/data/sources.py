@@ -37,6 +37,7 @@ class Source:
             passage (tmx always; tsv and jsonl on request, their columns are language codes then).
         passage: squad: sentence takes the sentence that holds the answer, paragraph the whole paragraph.
         pair: lines: translation pairs a line with its translations; next with the line that follows it.
+        columns: tsv: the names of the columns of a file without a first line that names them.
         documents: lines: a file with the document of each line, so that next does not pair across documents.
         fields: what this source calls query, passage, negatives, content, language, query_language,
             passage_language, id: {query: question}.
@@ -55,6 +56,7 @@ class Source:
     bitext: bool = False
     passage: Literal["sentence", "paragraph"] = "sentence"
     pair: Literal["translation", "next"] = "translation"
+    columns: list[str] = field(default_factory=list)
     documents: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
     exclude_paragraphs_of: list[str] = field(default_factory=list)

@@ -170,6 +170,8 @@ def paragraphs(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(document, dict) or not isinstance(document.get("data"), list):
             raise DataError(f'{name}: not SQuAD JSON; it must be {{"data": [{{"paragraphs": [...]}}]}}')
         for article, entry in enumerate(document["data"]):
+            if not isinstance(entry, dict) or not all(isinstance(p, dict) for p in entry.get("paragraphs") or []):
+                raise DataError(f"{name}: article {article}: not an object with a list 'paragraphs' of objects")
             for number, paragraph in enumerate(entry.get("paragraphs") or []):
                 where = f"{name}: article {entry.get('title') or article}, paragraph {number}"
                 if not isinstance(paragraph.get("context"), str) or not isinstance(paragraph.get("qas"), list):

@@ -29,6 +29,10 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class SettingError(ValueError):
+    """Settings that do not go together; the message names them and says what to write."""
+
+
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only (biases and layer norms are one-dimensional)."""
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -184,7 +188,7 @@ def deepspeed_config(clip: float, zero_stage: int, extra: dict[str, Any]) -> dic
     """The DeepSpeed configuration: the user's with ours on top.
 
     Raises:
-        ValueError: the user's sets something else where gradient caching or this program's own settings decide.
+        SettingError: the user's sets something else where gradient caching or this program's own settings decide.
     """
     ours = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's idea of batches is not used: micro-batches are ours
@@ -207,10 +211,10 @@ def deepspeed_config(clip: float, zero_stage: int, extra: dict[str, Any]) -> dic
     for name in sorted(fixed & extra.keys()):
         if extra[name] not in ("auto", ours.get(name)):
             instead = f"; set {where[name]} instead" if name in where else ""
-            raise ValueError(f"train.deepspeed: {name!r} is decided by hbt_fast{instead}. Remove it from that file")
+            raise SettingError(f"train.deepspeed: {name!r} is decided by hbt_fast{instead}. Remove it from that file")
     zero = dict(extra.get("zero_optimization", {}))
     if zero.setdefault("stage", zero_stage) != zero_stage:
-        raise ValueError(
+        raise SettingError(
             f"train.deepspeed says zero_optimization.stage {zero['stage']}, train.zero_stage says {zero_stage}; "
             "write the same number in both"
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine, adamw
+from hbt_fast.engine.backends import DeepSpeedEngine, SettingError, TorchEngine, adamw
 
 if TYPE_CHECKING:
     from hbt_fast.config import TrainConfig
@@ -80,7 +80,7 @@ def uses_deepspeed(settings: TrainConfig) -> bool:
     if settings.engine == "auto":
         return settings.zero_stage > 0 or settings.deepspeed is not None or "LOCAL_RANK" in os.environ
     if settings.engine == "torch" and settings.zero_stage:
-        raise ValueError(f"train.zero_stage is {settings.zero_stage}, which needs train.engine deepspeed (or auto)")
+        raise SettingError(f"train.zero_stage is {settings.zero_stage}, which needs train.engine deepspeed (or auto)")
     return settings.engine == "deepspeed"
 
 
@@ -95,6 +95,10 @@ def make_engine(module: torch.nn.Module, settings: TrainConfig, world: World) ->
     optimizer = adamw(module, settings.learning_rate, settings.weight_decay)
     if not uses_deepspeed(settings):
         return TorchEngine(module, optimizer, settings.clip)
-    extra = json.loads(Path(settings.deepspeed).read_text(encoding="utf-8")) if settings.deepspeed else {}
-    stage = extra.get("zero_optimization", {}).get("stage", settings.zero_stage) if settings.deepspeed else None
-    return DeepSpeedEngine(module, optimizer, settings.clip, settings.zero_stage if stage is None else stage, extra)
+    extra = {}
+    if settings.deepspeed:
+        try:
+            extra = json.loads(Path(settings.deepspeed).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise SettingError(f"train.deepspeed: {settings.deepspeed} cannot be read as JSON ({error})") from None
+    return DeepSpeedEngine(module, optimizer, settings.clip, settings.zero_stage, extra)

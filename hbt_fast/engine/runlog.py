@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import count
 from pathlib import Path
 
 from hbt_fast.config import Config, dump
@@ -15,7 +16,7 @@ class RunLog:
     """The log of one run; only rank 0 prints and writes.
 
     Args:
-        run: the run folder, made if absent; config.yaml (the resolved settings) is written there.
+        run: the run folder. An earlier run in it is moved aside unless this one resumes it.
         config: the settings.
         world: whose rank decides who speaks.
     """
@@ -25,8 +26,11 @@ class RunLog:
         self.settings = config.train
         self.writer = None
         if self.on:
+            if run.is_dir() and any(run.iterdir()) and not config.train.resume:
+                aside = next(p for n in count(1) if not (p := run.with_name(f"{run.name}-{n}")).exists())
+                run.rename(aside)
+                self.say(f"the earlier run in {run} is now {aside} (train.resume=true would have gone on with it)")
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.yaml").write_text(dump(config), encoding="utf-8")
 
     def say(self, line: str) -> None:
         """Print a line at once."""
@@ -34,15 +38,16 @@ class RunLog:
             print(line, flush=True)
 
     def start(self, first: int) -> None:
-        """Training begins at step `first`; what a dead run logged from there on is dropped."""
+        """Training begins at step `first`: write the resolved settings, drop what a dead run logged from there on."""
         self.first, self.began, self.seconds, self.pairs = first, time.perf_counter(), 0.0, 0
         self.recent: list[tuple[float, float]] = []
         if self.on:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=first)
+            (self.run / "config.yaml").write_text(dump(self.config), encoding="utf-8")
             path = self.run / "metrics.jsonl"
-            kept = [r for r in read_metrics(path) if r.get("step", -1) < first] if first else []
+            kept = [r for r in read_metrics(path) if r.get("step", -1) < first]
             path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def step(

@@ -1,0 +1,128 @@
+"""The program itself, on a small share of the demo: it trains, writes what it promises, and goes on after a stop."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from hbt_fast.encoder import Encoder
+from hbt_fast.train import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--config", str(REPOSITORY / "configs" / "demo.yaml"), "data.sources=[{format: cldr, name: cldr, limit: 400}]",
+    "data.languages=[en, de, zh]", "data.store_dir=stores", "batch.size=24",
+    "model.scratch={vocabulary: 400, hidden: 32, layers: 1, heads: 2}",
+    "train.run_dir=run", "train.steps=8", "train.checkpoint_every=4", "train.log_every=4",
+    "train.micro_batch_tokens=256", "train.keep_tokens=512", "model.dropout=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of one finished run and what it printed."""
+    folder = tmp_path_factory.mktemp("program")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(SMALL)
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run = finished / "run"
+    for name in (
+        "config.yaml", "metrics.jsonl", "loss.png", "evaluation.json", "evaluation.md", "evaluation.png", "tensorboard",
+        "checkpoint-000004", "checkpoint-000008", "model/README.md", "model/modules.json", "model/model.safetensors",
+    ):  # fmt: skip
+        assert (run / name).exists(), name
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "step" in r] == list(range(8))
+    assert [r["evaluation"] for r in records if "evaluation" in r] == ["before training", "after training"]
+    assert {r["kind"] for r in records if "step" in r} == {"mono", "cross"}
+    card = (run / "model" / "README.md").read_text()
+    for words in ("hybrid batches", "cldr: 400 rows", "rank distance", '"query": "Query: "'):
+        assert words in card
+    before, after = (json.loads((run / name).read_text()) for name in ("evaluation-before.json", "evaluation.json"))
+    assert before["queries"] == after["queries"] > 500
+    assert after["mul"] != before["mul"]
+    assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
+    assert Encoder.from_pretrained(run / "model").encode(["x"], "Query: ").shape == (1, 32)
+
+
+def test_a_run_that_stopped_halfway_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    state = tmp_path / "run" / "checkpoint-000008" / "state.json"
+    state.write_text(state.read_text()[:40])  # a checkpoint that is not whole: the one before it is used
+    main([*SMALL, "train.resume=true", f"data.store_dir={finished / 'stores'}"])
+    for name in ("model/model.safetensors", "checkpoint-000008/optimizer.safetensors"):
+        whole, resumed = load_file(finished / "run" / name), load_file(tmp_path / "run" / name)
+        assert whole.keys() == resumed.keys()
+        assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+    steps = [json.loads(line).get("step") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [s for s in steps if s is not None] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["train.resume=true", "batch.alpha=0.4"], "of a run with other settings: alpha was 0.5, is 0.4"),
+        (["train.run_dir=other", "eval.task=xquad-r"], "eval.data is not set"),
+        (["train.run_dir=other", "train.engine=torch", "train.zero_stage=1"], "needs train.engine deepspeed"),
+        (["train.run_dir=other", "batch.size=5000"], "fewer different contents than that: mono"),
+        (["train.run_dir=other", "model.path=/nowhere"], "no such folder"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(finished, monkeypatch, capsys, changed, message):
+    monkeypatch.chdir(finished)
+    with pytest.raises(SystemExit) as exit_:
+        main([*SMALL, *changed])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_moved_aside_and_nothing_of_it_is_lost(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    main([*SMALL, "train.steps=2", "eval.task=none", f"data.store_dir={finished / 'stores'}"])
+    assert (tmp_path / "run-1" / "checkpoint-000008" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint-000002").is_dir()
+    assert "is now run-1" in capsys.readouterr().out
+
+
+def test_a_changed_input_builds_another_store_and_an_unchanged_one_does_not(finished, monkeypatch, capsys):
+    from hbt_fast.config import parse
+    from hbt_fast.prepare import prepare
+
+    monkeypatch.chdir(finished)
+    there = set((finished / "stores").iterdir())
+    prepare(parse("test", "", SMALL))
+    assert set((finished / "stores").iterdir()) == there
+    prepare(parse("test", "", [*SMALL, "model.query_prompt=Q"]))
+    assert len(set((finished / "stores").iterdir()) - there) == 2  # tokenizer and store
+    path = finished / "pairs.jsonl"
+    stores = []
+    for text in ("one", "two", "one"):
+        path.write_text(json.dumps({"query": "q", "passage": text, "language": "en"}))
+        source = f"data.sources=[{{path: {path}, name: own}}]"
+        stores.append(prepare(parse("test", "", [*SMALL, "model.path=run/model", source]))[0].folder.name)
+    assert stores[0] == stores[2] != stores[1]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU communication at first use")
+def test_the_deepspeed_launcher_runs_two_ranks_on_the_cpu(finished, tmp_path):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [
+        str(launcher), "--num_gpus", "2", str(REPOSITORY / "hbt_fast" / "train.py"), *SMALL, "train.run_dir=two",
+        "train.zero_stage=2", "model.dropout=0.0", f"data.store_dir={finished / 'stores'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "2 x cpu" in done.stdout
+    assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+    assert "step 8/8" in done.stdout
