@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 GPU    := $(shell command -v nvidia-smi 2>/dev/null)
-FAISS  := $(if $(GPU),faiss-gpu,faiss-cpu)
+FAISS  := $(if $(GPU),"faiss-gpu>=1.15","faiss-cpu>=1.10")
 
 .PHONY: train test lint bench clean
 
@@ -29,7 +29,7 @@ $(READY): setup.py
 	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel packaging ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation "deepspeed>=0.19.2"
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,$(FAISS),hf,st,dev]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,hf,st,dev]" $(FAISS)
 	touch $@
 
 clean:

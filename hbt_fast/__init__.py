@@ -1,4 +1,4 @@
-"""hbt_fast: hybrid batch training for multilingual dense retrieval (arXiv 2408.10536), and its contrastive loss alone."""
+"""hbt_fast: hybrid batch training for multilingual dense retrieval (arXiv 2408.10536), and its loss alone."""
 
 from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad, negative_variance
 
