@@ -202,6 +202,9 @@ def parse(program: str, description: str, arguments: Sequence[str] | None = None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [a for a in arguments if not re.match(r"--local[_-]rank(=|$)", a)]
     arguments = [f"--{a}" if re.match(r"(model|data|batch|loss|train|eval)\.[\w.]+\+?=", a) else a for a in arguments]
+    # a list given again replaces the file's; jsonargparse would merge the two, entry by entry
+    fresh = [("--data.sources=[]", a) if re.match(r"--data\.sources(=|$)", a) else (a,) for a in arguments]
+    arguments = [a for group in fresh for a in group]
     made = parser(program, description)
     try:
         parsed = made.instantiate(made.parse_args(arguments))

@@ -15,6 +15,7 @@ from hbt_fast.data.pack import pack
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
+from hbt_fast.encoder import EncoderError
 from hbt_fast.prepare import prepare
 
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         store, _ = prepare(config)
         planner = make_planner(store, config)
-    except DataError as error:
+    except (DataError, EncoderError) as error:
         print(f"hbt_fast.plan: {error}", file=sys.stderr)
         sys.exit(2)
     print(report(planner, store, config.train.steps, config.train.micro_batch_tokens))

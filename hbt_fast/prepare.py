@@ -16,6 +16,7 @@ from hbt_fast.config import Config, parse
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, Store, build_store, fingerprint
+from hbt_fast.encoder.model import EncoderError, load_tokenizer
 from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.engine.launch import World
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse("hbt_fast.prepare", __doc__.splitlines()[0], arguments)
     try:
         store, _ = prepare(config)
-    except DataError as error:
+    except (DataError, EncoderError) as error:
         print(f"hbt_fast.prepare: {error}", file=sys.stderr)
         sys.exit(2)
     print(summary(store))
@@ -65,17 +66,15 @@ def _inputs(config: Config) -> list[object]:
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     """The checkpoint's tokenizer, or one trained on the data and kept beside the stores."""
-    from transformers import AutoTokenizer
-
     model = config.model
     if model.path is not None:
-        return AutoTokenizer.from_pretrained(model.path)
+        return load_tokenizer(model.path)
     name = fingerprint([*_inputs(config), model.scratch.vocabulary, model.query_prompt, model.passage_prompt])
     folder = Path(config.data.store_dir) / f"tokenizer-{name}"
     if not (folder / "tokenizer.json").is_file():
         print(f"training a tokenizer of {model.scratch.vocabulary:,} tokens", flush=True)
         train_tokenizer(_texts(config), model.scratch.vocabulary).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 def _texts(config: Config) -> Iterator[str]:

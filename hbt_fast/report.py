@@ -10,13 +10,11 @@ from hbt_fast.data.store import Store
 from hbt_fast.encoder import Encoder
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World
-from hbt_fast.engine.runlog import RunLog
+from hbt_fast.engine.runlog import BEFORE, RunLog
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import comparison, write_report
 from hbt_fast.evaluation.run import evaluate
 from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows, xquad_r
-
-BEFORE, AFTER = "before training", "after training"
 
 
 def load_task(config: Config) -> RetrievalTask | None:

@@ -31,11 +31,11 @@ from hbt_fast.engine.backends import DeepSpeedEngine, SettingError, TorchEngine
 from hbt_fast.engine.cached_step import cached_backward
 from hbt_fast.engine.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
 from hbt_fast.engine.launch import World, make_engine, start
-from hbt_fast.engine.runlog import RunLog
+from hbt_fast.engine.runlog import AFTER, RunLog
 from hbt_fast.engine.schedule import learning_rates
 from hbt_fast.loss import info_nce_with_grad, negative_variance
 from hbt_fast.prepare import prepare
-from hbt_fast.report import AFTER, before_and_after, evaluate_before, evaluate_model, write_model_card
+from hbt_fast.report import before_and_after, evaluate_before, evaluate_model, write_model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -229,3 +229,15 @@ def test_bad_vectors_are_named(change, message):
     change(problem)
     with pytest.raises(ValueError, match=message):
         exact_ranks(*problem)
+
+
+def test_counting_leaves_the_number_of_threads_alone():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            vectors = np.eye(8, dtype=np.float32)
+            exact_ranks(vectors, vectors, ["en"] * 8, ["en"] * 8, np.arange(9), np.arange(8))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

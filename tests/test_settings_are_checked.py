@@ -20,6 +20,13 @@ def test_a_file_then_the_command_line(tmp_path):
     assert parsed("data.sources=[{path: b.tsv, bitext: true}]").data.sources[0].bitext
 
 
+def test_sources_on_the_command_line_replace_those_of_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("data:\n  sources: [{path: x.jsonl, language: de, limit: 3}, {path: y.jsonl}]\n")
+    for spelled in (["data.sources=[{path: z.jsonl}]"], ["--data.sources", "[{path: z.jsonl}]"]):
+        (source,) = parsed("--config", str(tmp_path / "a.yaml"), *spelled).data.sources
+        assert (source.path, source.language, source.limit) == ("z.jsonl", None, None)
+
+
 def test_what_is_written_reads_back_equal(tmp_path):
     config = parsed("data.sources=[{path: x.jsonl, files: {}, fields: {query: q}}]", "loss.temperature=0.02")
     (tmp_path / "b.yaml").write_text(dump(config))

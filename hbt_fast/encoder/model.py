@@ -83,13 +83,10 @@ class Encoder(nn.Module):
         Raises:
             EncoderError: no such checkpoint, no safetensors, or no fast tokenizer.
         """
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel
 
         path = str(path)
-        if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-            raise EncoderError(
-                f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base"
-            )
+        tokenizer = load_tokenizer(path)
         recorded = _sentence_transformers_settings(Path(path))
         try:
             config = AutoConfig.from_pretrained(path)
@@ -100,11 +97,8 @@ class Encoder(nn.Module):
             # an unused pooler would sit in the optimizer without ever getting a gradient
             pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
             model = AutoModel.from_pretrained(path, **options, **pooler)
-            tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}") from error
-        if not tokenizer.is_fast:
-            raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
         return cls(
             model,
             tokenizer,
@@ -191,6 +185,22 @@ class Encoder(nn.Module):
                 bar.update(len(micro.tokens))
         self.train(training)
         return out
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint, by folder or hub name; EncoderError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = str(path)
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
+    return tokenizer
 
 
 def _sentence_transformers_settings(folder: Path) -> dict:

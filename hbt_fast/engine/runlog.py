@@ -11,6 +11,8 @@ from hbt_fast.config import Config, dump
 from hbt_fast.data.plan import BatchPlan
 from hbt_fast.engine.launch import World
 
+BEFORE, AFTER = "before training", "after training"  # when an evaluation was made
+
 
 class RunLog:
     """The log of one run; only rank 0 prints and writes.
@@ -47,7 +49,7 @@ class RunLog:
             self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=first)
             (self.run / "config.yaml").write_text(dump(self.config), encoding="utf-8")
             path = self.run / "metrics.jsonl"
-            kept = [r for r in read_metrics(path) if r.get("step", -1) < first]
+            kept = [r for r in read_metrics(path) if r.get("step", -1) < first and r.get("evaluation") != AFTER]
             path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def step(
