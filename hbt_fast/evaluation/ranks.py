@@ -141,13 +141,14 @@ def _numba_counter(order, blocks, offsets, positions, device):  # noqa: ANN001
     splits = np.stack([a + np.searchsorted(order[a:b], order) for a, b in pairwise(blocks)], axis=1).astype(np.int32)
 
     def count(chunk: torch.Tensor, first: int, higher: np.ndarray) -> None:
-        threads, torch_threads = numba.get_num_threads(), torch.get_num_threads()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        torch_threads = torch.get_num_threads()  # before the first question to numba: starting its pool changes it
+        threads = numba.get_num_threads()
+        numba.set_num_threads(min(torch_threads, numba.config.NUMBA_NUM_THREADS))
         try:
             count_higher(chunk.numpy(), first, offsets, positions, blocks, splits, higher)
         finally:
             numba.set_num_threads(threads)
-            torch.set_num_threads(torch_threads)  # numba's pool, when it starts, sets OpenMP's for everybody
+            torch.set_num_threads(torch_threads)
 
     return count
 
