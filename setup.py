@@ -1,8 +1,10 @@
 """Packaging: each dependency with the oldest version meant to work, and the reason it is there."""
 
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 LOSS = [  # what someone with another trainer needs: the loss, nothing else
     "torch>=2.11",  # the loss is written in it; the oldest version it is meant to run on
@@ -44,6 +46,34 @@ EXTRAS = {
     ],
 }
 
+
+class BuildTiles(build_ext):
+    """Builds the loss for CPUs where torch and a compiler are at hand. Elsewhere the loss runs in torch, and
+    `hbt_fast.explain` says so. Against torch's stable ABI: one build serves every torch from 2.11 on.
+    """
+
+    def run(self) -> None:
+        try:
+            from torch.utils import cpp_extension
+        except ImportError:
+            print("hbt_fast: no torch to build csrc/ against (--no-build-isolation lets it be found)", file=sys.stderr)
+            self.extensions.clear()
+        for extension in self.extensions:
+            extension.include_dirs = cpp_extension.include_paths()
+            extension.library_dirs = cpp_extension.library_paths()
+        super().run()
+
+
+TILES = Extension(
+    "hbt_fast._tiles",
+    ["csrc/tiles.cpp"],
+    libraries=["torch", "torch_cpu"],
+    define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")],
+    extra_compile_args=["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w"],
+    py_limited_api=True,
+    optional=True,
+)
+
 setup(
     name="hbt-fast",
     version="0.1.0",
@@ -52,7 +82,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["hbt_fast", "hbt_fast.*"]),
+    packages=[*find_packages(include=["hbt_fast", "hbt_fast.*"]), "hbt_fast.kernels"],
+    package_dir={"hbt_fast.kernels": "kernels"},
+    ext_modules=[TILES],
+    cmdclass={"build_ext": BuildTiles},
     install_requires=LOSS,
     extras_require=EXTRAS,
     entry_points={

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hbt_fast.loss import info_nce, info_nce_with_grad
+from hbt_fast.loss import info_nce, info_nce_with_grad, tiles
 from hbt_fast.loss.problem import rounded
 
-pytestmark = pytest.mark.parametrize("backend", ["torch", "torch-chunked"])
+built = pytest.mark.skipif(tiles.compiled() is None, reason="csrc/ was not built here")
+pytestmark = pytest.mark.parametrize("backend", ["torch", "torch-chunked", pytest.param("cpu", marks=built)])
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 

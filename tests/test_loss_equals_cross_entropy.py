@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad
+from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad, tiles
 
-BACKENDS = ("torch", "torch-chunked")
+BACKENDS = ("torch", "torch-chunked", "cpu") if tiles.compiled() else ("torch", "torch-chunked")
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad, negative_variance
+from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad, negative_variance, tiles
 
 QUERIES, PASSAGES, WIDTH, OWN = (5, 3, 4), (6, 3, 7), 6, 2  # rows per rank
-BACKENDS = ("torch", "torch-chunked")
+BACKENDS = ("torch", "cpu") if tiles.compiled() else ("torch", "torch-chunked")
 CASES = {
     "plain": {},
     "symmetric": {"symmetric": True},

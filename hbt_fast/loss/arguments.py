@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hbt_fast.loss.planner import backend_for
+
 COMPUTE_DTYPES = ("fp16", "bf16", "tf32", "fp32")
 DUPLICATES = ("mask", "positive")
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "torch", "torch-chunked")
+BACKENDS = ("auto", "cpu", "torch", "torch-chunked")
 FP16_OVERFLOW = 65520.0  # rounds to infinity
 
 
@@ -80,6 +82,15 @@ def check_arguments(
     if o.false_negative_margin is not None and not math.isfinite(o.false_negative_margin):
         raise ValueError(f"false_negative_margin must be a finite number or None, not {o.false_negative_margin!r}")
     check_weights(o.weights, n)
+    backend_for(o.backend, queries.device)
+
+
+def computation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What logits and sums are computed in: float32, or float64 if a tensor is."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    return dtype
 
 
 def check_embeddings(queries: Tensor, passages: Tensor) -> None:

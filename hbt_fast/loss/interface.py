@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hbt_fast.loss.arguments import Options
-from hbt_fast.loss.chunked import chunked_losses
 from hbt_fast.loss.dense import dense_losses
-from hbt_fast.loss.problem import meet_ranks, prepare, workspace
+from hbt_fast.loss.planner import backend_for
+from hbt_fast.loss.problem import meet_ranks, prepare
 from hbt_fast.loss.ranks import Ranks
+from hbt_fast.loss.tiled import tiled_losses
 
 
 class _LossAndGradients(NamedTuple):
@@ -81,10 +82,10 @@ def info_nce(
             negatives come times the number of ranks, so that averaging over ranks (DDP, ZeRO) gives the gradient of the
             global loss; the scale's is whole on every rank, which averaging leaves so.
         compute_dtype: round the operands to "fp16", "bf16", "tf32" or "fp32" before the products; None: as they are.
-        workspace_bytes: memory that "torch-chunked" may use beside inputs and gradients, default 64 MiB. It
-            always takes one row of logits at least.
-        backend: "torch": dense, differentiable twice; "torch-chunked": no N x M memory, once differentiable; "auto":
-            dense if the N x M logits fit workspace_bytes, else chunked.
+        workspace_bytes: memory that logits and temporaries may take, except "torch"; None: an eighth of the free
+            memory, 64 MiB to 1 GiB. At least a row of logits is made. See `explain`.
+        backend: "torch": dense, differentiable twice. "cpu": compiled, no N x M memory, once differentiable;
+            "torch-chunked": the same in torch, on any device. "auto": the fastest that there is.
 
     Returns:
         0-d loss, or (N,) with reduction="none"; fp32 or float64.
@@ -99,9 +100,12 @@ def info_nce(
     )  # fmt: skip
     ranks = meet_ranks(queries, passages, scale, own_negatives, o)
     with torch.autocast(queries.device.type, enabled=False):
-        if _choose(queries, passages, own_negatives, o, ranks) == "torch":
+        backend, _ = backend_for(o.backend, queries.device)
+        if backend == "torch":
             return _dense(queries, passages, scale, own_negatives, o, ranks)
-        return _Chunked.apply(queries, passages, _as_tensor(scale), own_negatives, o, ranks, torch.is_grad_enabled())
+        return _Tiled.apply(
+            *(queries, passages, _as_tensor(scale), own_negatives), o, ranks, backend, torch.is_grad_enabled()
+        )
 
 
 def info_nce_with_grad(
@@ -145,7 +149,8 @@ def info_nce_with_grad(
     queries, passages, scale, own_negatives = tensors
     scale = _as_tensor(scale)
     with torch.autocast(queries.device.type, enabled=False):
-        if _choose(queries, passages, own_negatives, o, ranks) == "torch":
+        backend, _ = backend_for(o.backend, queries.device)
+        if backend == "torch":
             with torch.inference_mode(False), torch.enable_grad():
                 leaves = [_leaf(x) for x in (queries, passages, scale, own_negatives) if x is not None]
                 loss = _dense(*leaves, *(() if own_negatives is not None else (None,)), o, ranks)
@@ -153,7 +158,7 @@ def info_nce_with_grad(
             loss = loss.detach()
         else:
             with torch.no_grad():
-                loss, gradients = _chunked(queries, passages, scale, own_negatives, o, ranks, None)
+                loss, gradients = _tiled(queries, passages, scale, own_negatives, o, ranks, backend, None)
     if not isinstance(tensors[2], Tensor):
         gradients[2] = gradients[2].to(loss)
     result = InfoNCEGrad(loss, *gradients[:3])
@@ -171,16 +176,6 @@ def _leaf(x: Tensor) -> Tensor:
     return (x.clone() if x.is_inference() else x).requires_grad_()  # autograd cannot save an inference tensor
 
 
-def _choose(queries: Tensor, passages: Tensor, own_negatives: Tensor | None, o: Options, ranks: Ranks) -> str:
-    """The form to compute with; the same on every rank, as the forms communicate differently."""
-    if o.backend != "auto":
-        return o.backend
-    candidates = sum(ranks.passage_counts) + (0 if own_negatives is None else own_negatives.shape[1])
-    element = max(4, queries.element_size(), passages.element_size())
-    fits = element * max(ranks.query_counts) * candidates <= workspace(o)
-    return "torch" if fits else "torch-chunked"
-
-
 def _dense(
     queries: Tensor, passages: Tensor, scale: float | Tensor, own_negatives: Tensor | None, o: Options, ranks: Ranks
 ) -> Tensor:
@@ -188,21 +183,22 @@ def _dense(
     return ranks.for_averaging(problem.reduced(dense_losses(problem)))
 
 
-def _chunked(
+def _tiled(
     queries: Tensor,
     passages: Tensor,
     scale: Tensor,
     own_negatives: Tensor | None,
     o: Options,
     ranks: Ranks,
+    backend: str,
     cotangents_N: Tensor | None,
     needs: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The reduced loss and the gradients of the four tensors; cotangents_N are those of reduction="none"."""
     problem = prepare(queries, passages, scale, own_negatives, o, ranks)
     g_N = problem.weighted(torch.ones_like(problem.q_ND[:, 0]) if cotangents_N is None else cotangents_N)
-    losses_N, g = chunked_losses(
-        problem, g_N if any(needs) else None, need_queries=needs[0] or needs[2], need_passages=needs[1]
+    losses_N, g = tiled_losses(
+        problem, backend, g_N if any(needs) else None, need_queries=needs[0] or needs[2], need_passages=needs[1]
     )
     gradients: list[Tensor | None] = [None] * 4
     if needs[0]:
@@ -216,7 +212,7 @@ def _chunked(
     return problem.reduced(losses_N), gradients
 
 
-class _Chunked(torch.autograd.Function):
+class _Tiled(torch.autograd.Function):
     """Gradients are made in the forward pass, with the loss; only reduction="none" must wait for its cotangents."""
 
     @staticmethod
@@ -228,12 +224,13 @@ class _Chunked(torch.autograd.Function):
         own_negatives: Tensor | None,
         o: Options,
         ranks: Ranks,
+        backend: str,
         grad_enabled: bool,
     ) -> Tensor:
         needs = ctx.needs_input_grad[:4] if grad_enabled else (False,) * 4
-        ctx.o, ctx.ranks, ctx.waits = o, ranks, o.reduction == "none"
+        ctx.call, ctx.waits = (o, ranks, backend), o.reduction == "none"
         now = (False,) * 4 if ctx.waits else needs
-        loss, gradients = _chunked(queries, passages, scale, own_negatives, o, ranks, None, now)
+        loss, gradients = _tiled(queries, passages, scale, own_negatives, *ctx.call, None, now)
         ctx.save_for_backward(*((queries, passages, scale, own_negatives) if ctx.waits else gradients))
         return loss
 
@@ -243,7 +240,7 @@ class _Chunked(torch.autograd.Function):
         if ctx.waits:
             needs = ctx.needs_input_grad[:4]
             with torch.autocast(cotangent.device.type, enabled=False):
-                _, gradients = _chunked(*ctx.saved_tensors, ctx.o, ctx.ranks, cotangent, needs)
+                _, gradients = _tiled(*ctx.saved_tensors, *ctx.call, cotangent, needs)
         else:
             gradients = [None if g is None else (g * cotangent).to(g.dtype) for g in ctx.saved_tensors]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None

@@ -18,10 +18,9 @@ from hbt_fast.loss.arguments import (
     Options,
     capturing,
     check_arguments,
+    computation_dtype,
 )
 from hbt_fast.loss.ranks import Ranks, meet
-
-DEFAULT_WORKSPACE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +35,14 @@ class Problem:
     positives_A: Tensor
     passage_ids_M: Tensor | None
     query_ids_A: Tensor | None
+    query_ids_given: bool
+    leading: bool  # positives_A is known to be 0, 1, 2 ...
     duplicates: str
     symmetric: bool
     margin: float | None
     weights_N: Tensor | None  # divided by the sum of all ranks' weights if the reduction is a mean
     reduction: str
-    workspace_bytes: int
+    workspace_bytes: int | None
     ranks: Ranks
 
     @property
@@ -88,7 +89,6 @@ def meet_ranks(
             "the place of reduction in its choices": REDUCTIONS.index(o.reduction),
             "the place of backend in its choices": BACKENDS.index(o.backend),
             "the place of compute_dtype in its choices": (None, *COMPUTE_DTYPES).index(o.compute_dtype),
-            "workspace_bytes": workspace(o),
             "queries.requires_grad": graph and queries.requires_grad,
             "passages.requires_grad": graph and passages.requires_grad,
             "own_negatives.requires_grad": graph and own_negatives is not None and own_negatives.requires_grad,
@@ -106,10 +106,7 @@ def prepare(
         ValueError: positives out of range, weights that sum to zero; on all ranks alike.
     """
     device = queries.device
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, passages.dtype), torch.float32)
-    if own_negatives is not None:
-        dtype = torch.promote_types(dtype, own_negatives.dtype)
-
+    dtype = computation_dtype(queries, passages, own_negatives)
     n, m = queries.shape[0], sum(ranks.passage_counts)
     if o.positives is None:
         positives_N = torch.arange(ranks.own_passages.start, ranks.own_passages.start + n, device=device)
@@ -144,18 +141,16 @@ def prepare(
         positives_A=positives_A,
         passage_ids_M=passage_ids_M,
         query_ids_A=query_ids_A,
+        query_ids_given=o.query_ids is not None,
+        leading=o.positives is None and ranks.query_counts == ranks.passage_counts,
         duplicates=o.duplicates,
         symmetric=o.symmetric,
         margin=o.false_negative_margin,
         weights_N=weights_N,
         reduction=o.reduction,
-        workspace_bytes=workspace(o),
+        workspace_bytes=o.workspace_bytes,
         ranks=ranks,
     )
-
-
-def workspace(o: Options) -> int:
-    return DEFAULT_WORKSPACE_BYTES if o.workspace_bytes is None else o.workspace_bytes
 
 
 def rounded(x: Tensor, compute_dtype: str | None) -> Tensor:

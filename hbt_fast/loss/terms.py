@@ -12,12 +12,14 @@ C = M + K candidates of a query, D dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbt_fast.loss.problem import Problem
+if TYPE_CHECKING:
+    from hbt_fast.loss.problem import Problem
 
 NEGATIVE_INFINITY = float("-inf")
 

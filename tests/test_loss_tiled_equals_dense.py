@@ -1,4 +1,4 @@
-"""`torch-chunked` is `torch` with less memory: same values and gradients under every combination of options."""
+"""The tiled backends are `torch` with less memory: same values and gradients under every combination of options."""
 
 import itertools
 
@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hbt_fast.loss import info_nce, info_nce_with_grad
+from hbt_fast.loss import info_nce, info_nce_with_grad, planner, tiles
+
+built = pytest.mark.skipif(tiles.compiled() is None, reason="csrc/ was not built here")
+TILED = ["torch-chunked", pytest.param("cpu", marks=built)]
 
 
 def case(n, m, d, dtype, ids, own, positives, seed=0):
@@ -29,10 +32,12 @@ def assert_same(a, b, rtol):
             torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * y.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", TILED)
 @pytest.mark.parametrize("duplicates", ["mask", "positive"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("workspace_bytes", [1, 4000, None])  # one row, a few rows, everything kept
-def test_every_combination_of_options(duplicates, symmetric, workspace_bytes):
+def test_every_combination_of_options(monkeypatch, backend, duplicates, symmetric, workspace_bytes):
+    monkeypatch.setattr(planner, "TILE_ELEMENTS", 100)  # several tiles in a panel
     flags = itertools.product((False, True), (False, True), (False, True), (None, 0.05), (False, True), ("mean", "sum"))
     for ids, own, positives, margin, weights, reduction in flags:
         args, o = case(23, 41, 9, torch.float64, ids, own, positives)
@@ -40,20 +45,20 @@ def test_every_combination_of_options(duplicates, symmetric, workspace_bytes):
         o["weights"] = torch.linspace(0, 1, 23) if weights else None
         o["query_ids"] = torch.arange(23) // 2 if weights and ids else None
         dense = info_nce_with_grad(*args, **o, backend="torch")
-        assert_same(
-            info_nce_with_grad(*args, **o, backend="torch-chunked", workspace_bytes=workspace_bytes), dense, 1e-12
-        )
+        tiled = info_nce_with_grad(*args, **o, backend=backend, workspace_bytes=workspace_bytes)
+        assert_same(tiled, dense, 1e-12)
 
 
+@pytest.mark.parametrize("backend", TILED)
 @pytest.mark.parametrize(("n", "m", "d"), [(252, 507, 123), (1, 1, 1), (1, 2, 3), (64, 64, 17), (5, 130, 1)])
 @pytest.mark.parametrize("compute_dtype", [None, "fp16", "bf16", "tf32", "fp32"])
-def test_odd_shapes_in_single_precision(n, m, d, compute_dtype):
+def test_odd_shapes_in_single_precision(backend, n, m, d, compute_dtype):
     for symmetric, workspace_bytes in ((False, None), (True, None), (True, 100_000)):
         args, o = case(n, m, d, torch.float32, n < m, n > 5, False)
         o |= {"symmetric": symmetric, "compute_dtype": compute_dtype}
         dense = info_nce_with_grad(*args, **o, backend="torch")
-        chunked = info_nce_with_grad(*args, **o, backend="torch-chunked", workspace_bytes=workspace_bytes)
-        assert_same(chunked, dense, 2e-5)
+        tiled = info_nce_with_grad(*args, **o, backend=backend, workspace_bytes=workspace_bytes)
+        assert_same(tiled, dense, 2e-5)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4)))
@@ -89,27 +94,21 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("backend", TILED)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("positives", [False, True])
-def test_chunked_makes_nothing_of_n_times_m(symmetric, positives):
+def test_tiled_makes_nothing_of_n_times_m(backend, symmetric, positives):
     args, o = case(300, 400, 8, torch.float32, True, False, positives)
     o |= {"symmetric": symmetric, "false_negative_margin": 0.1}
     with LargestTensor() as dense:
         info_nce_with_grad(*args, **o, backend="torch")
-    with LargestTensor() as chunked:
-        info_nce_with_grad(*args, **o, backend="torch-chunked", workspace_bytes=200_000)
+    with LargestTensor() as tiled:
+        info_nce_with_grad(*args, **o, backend=backend, workspace_bytes=200_000)
     assert dense.elements >= 300 * 400
-    assert 4 * chunked.elements <= 200_000
+    assert 4 * tiled.elements <= 200_000
 
 
-def test_auto_is_dense_when_the_logits_fit_and_chunked_when_not():
-    args, _ = case(100, 100, 8, torch.float32, False, False, False)
-    q = args[0].requires_grad_()
-    assert "Chunked" not in info_nce(q, args[1], workspace_bytes=4 * 100 * 100).grad_fn.name()
-    assert "Chunked" in info_nce(q, args[1], workspace_bytes=4 * 100 * 100 - 1).grad_fn.name()
-
-
-@pytest.mark.parametrize("backend", ["torch", "torch-chunked"])
+@pytest.mark.parametrize("backend", ["torch", *TILED])
 def test_twice_the_same_call_is_bitwise_the_same_and_inputs_stay(backend):
     args, o = case(40, 50, 16, torch.float32, True, True, True)
     before = [x.clone() for x in (*args, o["own_negatives"])]

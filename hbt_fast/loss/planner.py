@@ -1,0 +1,122 @@
+"""How a loss will be computed, decided from shapes alone: which backend, how many products, how much memory.
+
+Shapes: N queries of this rank, M passages of all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from hbt_fast.loss import tiles
+
+PANEL_ROWS = 1024
+TILE_ELEMENTS = 2**20
+MEMORY_SHARE = 8  # the default workspace is this part of free memory ...
+SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 * 2**20, 2**30  # ... within these bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A loss call's way. `str()` of it is a sentence or two for people.
+
+    `passes` counts N x M x D products for the loss and both gradients, `logit_bytes` the logits held at a time, and
+    `extra_bytes` all memory beyond inputs and gradients: logits, temporaries and statistics.
+    """
+
+    backend: str
+    passes: int
+    panel_rows: int
+    tile_columns: int
+    keep: bool
+    logit_bytes: int
+    extra_bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        way = "all logits at once" if self.backend == "torch" else f"panels of {self.panel_rows:,} rows"
+        kept = ", all kept" if self.keep and self.backend != "torch" else ""
+        return (
+            f'backend "{self.backend}" ({self.reason}): {self.passes} products, {way}{kept}; beyond inputs and '
+            f"gradients {self.extra_bytes / 2**20:,.1f} MiB, of them {self.logit_bytes / 2**20:,.1f} MiB logits"
+        )
+
+
+def explain(
+    n: int,
+    m: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    symmetric: bool = False,
+    device: str | torch.device = "cpu",
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> Plan:
+    """The plan for a loss with its gradients. It depends on the arguments and, without `workspace_bytes`, free memory.
+
+    Args:
+        n: queries of this rank.
+        m: passages of all ranks.
+        dtype: of the embeddings; logits are float64 for float64, else float32.
+        symmetric: whether the passage-to-query half is computed too.
+        device: of the embeddings.
+        workspace_bytes: limit of logits and temporaries; None: an eighth of the free memory, 64 MiB to 1 GiB.
+        backend: as for `info_nce`.
+
+    Raises:
+        ValueError: the backend cannot be had here; the message says why.
+    """
+    device = torch.device(device)
+    backend, reason = backend_for(backend, device)
+    workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
+    element = 8 if dtype == torch.float64 else 4
+    whole, row = element * n * m, element * m
+    statistics = element * 8 * (n + (m if symmetric else 0))
+    if backend == "torch":
+        return Plan(backend, 3, n, m, True, whole, (5 + 2 * symmetric) * whole + statistics, reason)
+
+    copies = 0 if backend == "cpu" else 3  # temporaries as large as a tile; the compiled form needs none
+
+    def temporaries(rows: int) -> int:
+        return copies * min(rows * row, element * TILE_ELEMENTS)
+
+    rows = min(n, PANEL_ROWS)
+    while rows > 1 and rows * row + temporaries(rows) > workspace:
+        rows = (rows + 1) // 2
+    keep = symmetric and whole + temporaries(rows) <= workspace
+    held = whole if keep else rows * row
+    return Plan(
+        backend=backend,
+        passes=4 if symmetric and not keep else 3,
+        panel_rows=rows,
+        tile_columns=min(m, max(1, TILE_ELEMENTS // rows)),
+        keep=keep,
+        logit_bytes=held,
+        extra_bytes=held + temporaries(rows) + statistics,
+        reason=reason,
+    )
+
+
+def default_workspace(device: torch.device) -> int:
+    """An eighth of the free memory, within bounds. It decides what is kept, and not a bit of the result."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(max(free // MEMORY_SHARE, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
+
+
+def backend_for(backend: str, device: torch.device) -> tuple[str, str]:
+    """The backend to use and why. Raises ValueError for one that cannot be had."""
+    why_not = None
+    if device.type != "cpu":
+        why_not = f"the embeddings are on {device.type}"
+    elif tiles.compiled() is None:
+        why_not = "csrc/ was not built; install with a C++ compiler, torch and --no-build-isolation"
+    if backend == "auto":
+        return ("torch-chunked", f"not compiled: {why_not}") if why_not else ("cpu", "compiled")
+    if backend == "cpu" and why_not:
+        raise ValueError(f"backend='cpu' cannot be used: {why_not}")
+    return backend, "as asked"

@@ -1,0 +1,73 @@
+"""The planner as a table: what is kept, how many products, how much memory; and that the memory is what it says."""
+
+import pytest
+import torch
+
+from hbt_fast import explain, info_nce_with_grad
+from hbt_fast.loss import tiles
+
+MIB = 2**20
+built = pytest.mark.skipif(tiles.compiled() is None, reason="csrc/ was not built here")
+
+
+@built
+@pytest.mark.parametrize(
+    ("n", "m", "symmetric", "workspace", "passes", "rows", "columns", "keep"),
+    [
+        (4096, 4096, False, 64 * MIB, 3, 1024, 1024, False),  # one-way: a panel is done before the next
+        (4096, 4096, True, 64 * MIB, 3, 1024, 1024, True),  # all of S is 64 MiB exactly
+        (4096, 4096, True, 64 * MIB - 1, 4, 1024, 1024, False),
+        (8192, 8192, True, 64 * MIB, 4, 1024, 1024, False),
+        (65536, 65536, True, 64 * MIB, 4, 256, 4096, False),  # a panel of 1024 rows would be 256 MiB
+        (65536, 65536, True, 1024 * MIB, 4, 1024, 1024, False),
+        (100, 300, True, 64 * MIB, 3, 100, 300, True),
+        (1, 1, False, 1, 3, 1, 1, False),
+        (100, 300, False, 1, 3, 1, 300, False),  # one row at least
+    ],
+)
+def test_the_plan(n, m, symmetric, workspace, passes, rows, columns, keep):
+    plan = explain(n, m, symmetric=symmetric, workspace_bytes=workspace, backend="cpu")
+    assert (plan.passes, plan.panel_rows, plan.tile_columns, plan.keep) == (passes, rows, columns, keep)
+    assert plan.logit_bytes <= max(workspace, 4 * m)
+
+
+@pytest.mark.parametrize("backend", ["torch-chunked", pytest.param("cpu", marks=built)])
+@pytest.mark.parametrize("workspace", [1, 10_000, MIB, 64 * MIB])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_and_temporaries_stay_within_the_workspace(backend, workspace, dtype):
+    for n, m in [(1, 1), (10, 4000), (4000, 10), (3000, 3000), (100_000, 100_000)]:
+        for symmetric in (False, True):
+            o = {"symmetric": symmetric, "workspace_bytes": workspace, "backend": backend, "dtype": dtype}
+            plan = explain(n, m, **o)
+            row = m * dtype.itemsize
+            assert plan.panel_rows == 1 or plan.logit_bytes <= workspace
+            assert plan.extra_bytes <= max(workspace, 4 * row) + 8 * dtype.itemsize * (n + m)
+            assert 1 <= plan.tile_columns <= m
+
+
+def test_auto_takes_the_compiled_form_where_it_was_built(monkeypatch):
+    monkeypatch.setattr(tiles, "compiled", lambda: object())
+    assert explain(10, 10).backend == "cpu"
+    assert explain(10, 10, device="cuda:0", workspace_bytes=1).backend != "cpu"
+    monkeypatch.setattr(tiles, "compiled", lambda: None)
+    assert explain(10, 10).backend == "torch-chunked"
+    assert "csrc/ was not built" in str(explain(10, 10))
+    with pytest.raises(ValueError, match="backend='cpu' cannot be used: csrc/ was not built; install with"):
+        explain(10, 10, backend="cpu")
+    with pytest.raises(ValueError, match="backend='cpu' cannot be used: csrc/ was not built"):
+        info_nce_with_grad(torch.eye(2), torch.eye(2), backend="cpu")
+
+
+def test_a_plan_reads_as_a_sentence():
+    text = str(explain(8192, 8192, symmetric=True, workspace_bytes=64 * MIB, backend="torch-chunked"))
+    assert "4 products, panels of 1,024 rows; beyond inputs and gradients" in text
+
+
+@built
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_workspace_changes_no_bit_of_the_result(symmetric):
+    q, p = torch.randn(2, 1500, 32, generator=torch.Generator().manual_seed(0)).div(6).unbind()
+    small, large = (
+        info_nce_with_grad(q, p, symmetric=symmetric, backend="cpu", workspace_bytes=w) for w in (7 * MIB, 512 * MIB)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
