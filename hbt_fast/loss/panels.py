@@ -67,28 +67,30 @@ class Panels:
     """The logits of one loss, panel by panel, and the products with their gradient."""
 
     def __init__(self, problem: Problem, layout: Layout, plan: Plan, need_queries: bool, need_passages: bool) -> None:
-        self.q_ND, self.p_MD, self.scale = problem.q_ND, layout.p_MD, problem.scale
-        self.negatives, self.source_M = layout.negatives, layout.source_M
-        self.passages = problem.p_MD.shape[0]
-        self.plan = plan
+        self.plan, self.p_MD, self.negatives = plan, layout.p_MD, layout.negatives
+        self.source_M, self.passages = layout.source_M, problem.p_MD.shape[0]
+        # A BLAS multiplies by a number for nothing; for a GPU the number stays a tensor, which nothing waits for.
+        on_cpu = problem.q_ND.device.type == "cpu"
+        self.alpha, self.after = (float(problem.scale), None) if on_cpu else (1.0, problem.scale)
+        self.q_ND = problem.q_ND if on_cpu else problem.q_ND * problem.scale
         n, m = self.q_ND.shape[0], self.p_MD.shape[0]
-        self.buffer = self.q_ND.new_empty(n if plan.keep else min(n, plan.panel_rows), m)
+        self.buffer = self.q_ND.new_empty((n if plan.keep else plan.panel_rows) * m)
         self.held: set[int] = set()  # panels whose logits the buffer holds
-        self.dq_ND = torch.zeros_like(self.q_ND) if need_queries else None
-        self.dp_MD = torch.zeros_like(self.p_MD) if need_passages else None
+        self.dq_ND = torch.empty_like(self.q_ND) if need_queries else None
+        self.dp_MD = torch.empty_like(self.p_MD) if need_passages else None
         self.tiles = tiles.compiled() if plan.backend == "cpu" else tiles
 
     def rows(self) -> Iterator[slice]:
-        n = self.q_ND.shape[0]
-        return (slice(i, min(i + self.plan.panel_rows, n)) for i in range(0, n, self.plan.panel_rows))
+        """The panels, in order."""
+        n, step = self.q_ND.shape[0], self.plan.panel_rows
+        return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
     def take_statistics(self, rows: slice, rows_N: Statistics, columns_A: Statistics | None = None) -> None:
         """Make the panel's logits; take its statistics into those of the rows and columns."""
-        row, q_RD = rows_N.part(rows), self._scaled(rows)
         for columns, s_RC in self._tiles(rows):
-            torch.mm(q_RD, self.p_MD[columns].T, out=s_RC)
-            column = self._part(columns_A, columns)
-            self.tiles.statistics(s_RC, row, column, self.negatives.tile(rows, columns))
+            self._make(s_RC, rows, columns)
+            negatives = self.negatives.tile(rows, columns)
+            self.tiles.statistics(s_RC, rows_N.part(rows), _part(columns_A, columns), negatives)
         self.held = self.held | {rows.start} if self.plan.keep else {rows.start}
 
     def add_products(
@@ -100,48 +102,48 @@ class Panels:
         factor_A: Tensor | None = None,
     ) -> None:
         """Turn the panel's logits into their gradient and add its products with passages and queries."""
-        q_RD = self.q_ND[rows]
-        made = rows.start in self.held
-        scaled_RD = None if made else self._scaled(rows)
         for columns, s_RC in self._tiles(rows):
-            p_CD = self.p_MD[columns]
-            if not made:
-                torch.mm(scaled_RD, p_CD.T, out=s_RC)
-            column = self._part(columns_A, columns)
+            if rows.start not in self.held:
+                self._make(s_RC, rows, columns)
+            column = _part(columns_A, columns)
             factor_C = None if column is None else factor_A[columns]
             negatives = self.negatives.tile(rows, columns)
             self.tiles.gradient(s_RC, rows_N.part(rows), factor_N[rows], column, factor_C, negatives)
             if self.dq_ND is not None:
-                self.dq_ND[rows].addmm_(s_RC, p_CD)
+                self._product(self.dq_ND[rows], s_RC, self.p_MD[columns], first=columns.start == 0)
             if self.dp_MD is not None:
-                self.dp_MD[columns].addmm_(s_RC.T, q_RD)
+                self._product(self.dp_MD[columns], s_RC.T, self.q_ND[rows], first=rows.start == 0)
         self.held = self.held - {rows.start} if self.plan.keep else set()
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """(N, D) and (number of passages, D) sums of the products, without the factor `scale`."""
+        """(N, D) and (number of passages, D) sums of the products; zeros for those that were not needed."""
+        d = self.q_ND.shape[1]
         dq_ND = torch.zeros_like(self.q_ND) if self.dq_ND is None else self.dq_ND
-        if self.dp_MD is None or self.source_M is None:
-            d = self.q_ND.shape[1]
-            return dq_ND, self.q_ND.new_zeros(self.passages, d) if self.dp_MD is None else self.dp_MD
-        dp_MD = self.q_ND.new_zeros(self.passages, self.q_ND.shape[1])
-        return dq_ND, dp_MD.index_put_((self.source_M,), self.dp_MD, accumulate=True)
+        if self.after is not None:
+            dq_ND.mul_(self.after)
+        if self.dp_MD is not None and self.source_M is None:
+            return dq_ND, self.dp_MD
+        dp_MD = self.q_ND.new_zeros(self.passages, d)
+        if self.dp_MD is not None:
+            dp_MD.index_put_((self.source_M,), self.dp_MD, accumulate=True)
+        return dq_ND, dp_MD
 
     def _tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
-        """The panel's tiles, each contiguous, so that the products find it as the BLAS likes it best."""
+        """The panel's tiles, each contiguous, which is what the BLAS likes best."""
         r, m = rows.stop - rows.start, self.p_MD.shape[0]
         at = rows.start * m if self.plan.keep else 0
-        flat = self.buffer.view(-1)
         for start in range(0, m, self.plan.tile_columns):
             columns = slice(start, min(start + self.plan.tile_columns, m))
             c = columns.stop - columns.start
-            yield columns, flat[at : at + r * c].view(r, c)
+            yield columns, self.buffer[at : at + r * c].view(r, c)
             at += r * c
 
-    def _scaled(self, rows: slice) -> Tensor:
-        return self.q_ND[rows] * self.scale
+    def _make(self, s_RC: Tensor, rows: slice, columns: slice) -> None:
+        self._product(s_RC, self.q_ND[rows], self.p_MD[columns].T, first=True)
 
-    @staticmethod
-    def _part(columns_A: Statistics | None, columns: slice) -> Statistics | None:
-        if columns_A is None or columns.start >= columns_A.total.shape[0]:
-            return None
-        return columns_A.part(columns)
+    def _product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+        torch.addmm(out, a, b, beta=0 if first else 1, alpha=self.alpha, out=out)
+
+
+def _part(columns_A: Statistics | None, columns: slice) -> Statistics | None:
+    return None if columns_A is None or columns.start >= columns_A.total.shape[0] else columns_A.part(columns)

@@ -32,6 +32,7 @@ class Problem:
     own_NKD: Tensor | None
     scale: Tensor  # 0-d, of q_ND's dtype
     positives_N: Tensor
+    positive_rows: slice | None  # of p_MD, where the positives are consecutive
     positives_A: Tensor
     passage_ids_M: Tensor | None
     query_ids_A: Tensor | None
@@ -44,6 +45,11 @@ class Problem:
     reduction: str
     workspace_bytes: int | None
     ranks: Ranks
+
+    @property
+    def positives_ND(self) -> Tensor:
+        """Each query's positive; a view, where they are consecutive."""
+        return self.p_MD[self.positives_N if self.positive_rows is None else self.positive_rows]
 
     @property
     def own_count(self) -> int:
@@ -108,8 +114,10 @@ def prepare(
     device = queries.device
     dtype = computation_dtype(queries, passages, own_negatives)
     n, m = queries.shape[0], sum(ranks.passage_counts)
+    positive_rows = None
     if o.positives is None:
-        positives_N = torch.arange(ranks.own_passages.start, ranks.own_passages.start + n, device=device)
+        positive_rows = slice(ranks.own_passages.start, ranks.own_passages.start + n)
+        positives_N = torch.arange(positive_rows.start, positive_rows.stop, device=device)
     else:
         positives_N = o.positives.to(device)
     positives_A = ranks.gather_queries(positives_N)
@@ -138,6 +146,7 @@ def prepare(
         own_NKD=None if own_negatives is None else rounded(own_negatives.to(dtype), o.compute_dtype),
         scale=ranks.shared_scale(torch.as_tensor(scale, dtype=dtype, device=device)),
         positives_N=positives_N,
+        positive_rows=positive_rows,
         positives_A=positives_A,
         passage_ids_M=passage_ids_M,
         query_ids_A=query_ids_A,

@@ -26,7 +26,7 @@ NEGATIVE_INFINITY = float("-inf")
 
 def positive_logits(problem: Problem) -> Tensor:
     """(N,) logits of the positives, as row dots: kept apart from the matrix, so that no rounding of it reaches them."""
-    return problem.scale * (problem.q_ND * problem.p_MD[problem.positives_N]).sum(1)
+    return problem.scale * (problem.q_ND * problem.positives_ND).sum(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,15 +130,19 @@ def tiled_losses(
     if problem.symmetric:
         dpos_N -= (g_A * terms_A.slope_own_T / terms_A.count_T)[ranks.own_queries]
         _add_further(problem, dq_ND, dp_MD, more_columns, g_A, terms_A)
-    dq_ND += dpos_N[:, None] * problem.p_MD[problem.positives_N]
-    dp_MD.index_put_((problem.positives_N,), dpos_N[:, None] * problem.q_ND, accumulate=True)
+    dpos_N1 = (dpos_N * problem.scale)[:, None]
+    dq_ND.addcmul_(dpos_N1, problem.positives_ND)
+    if problem.positive_rows is not None:
+        dp_MD[problem.positive_rows].addcmul_(dpos_N1, problem.q_ND)
+    else:
+        dp_MD.index_put_((problem.positives_N,), dpos_N1 * problem.q_ND, accumulate=True)
     down_NKD = None
     if own_NK is not None:
-        down_NK = factor_N[:, None] * (own_NK - finite_maximum(rows_N.maximum)[:, None]).exp()
+        down_NK = (problem.scale * factor_N)[:, None] * (own_NK - finite_maximum(rows_N.maximum)[:, None]).exp()
         dq_ND += (down_NK[:, None] @ problem.own_NKD)[:, 0]
-        down_NKD = down_NK[:, :, None] * (problem.q_ND * problem.scale)[:, None]
-    dscale = (problem.q_ND * dq_ND).sum(1).sum()
-    return loss_N, Gradients(dq_ND.mul_(problem.scale), dp_MD.mul_(problem.scale), dscale, down_NKD)
+        down_NKD = down_NK[:, :, None] * problem.q_ND[:, None]
+    dscale = (problem.q_ND * dq_ND).sum(1).sum() / problem.scale
+    return loss_N, Gradients(dq_ND, dp_MD, dscale, down_NKD)
 
 
 def _terms(statistics: Statistics, pos_T: Tensor, further: _Positives | None, ranks: Ranks = ALONE) -> _Terms:
@@ -201,7 +205,7 @@ def _add_further(
     if further is None:
         return
     slope_F = term_slope(terms.lse_T[further.term_F], further.logit_F)
-    ds_F = -(g_T / terms.count_T)[further.term_F] * slope_F
+    ds_F = -(problem.scale * g_T / terms.count_T)[further.term_F] * slope_F
     for block in _blocks(problem, ds_F.shape[0]):
         row_F, passage_F, ds_F1 = further.row_F[block], further.passage_F[block], ds_F[block, None]
         dq_ND.index_put_((row_F,), ds_F1 * problem.p_MD[passage_F], accumulate=True)
