@@ -54,11 +54,23 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert Encoder.from_pretrained(run / "model").encode(["x"], "Query: ").shape == (1, 32)
 
 
-def test_a_run_that_stopped_halfway_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
+def cut_short(checkpoint: Path) -> None:
+    state = checkpoint / "state.json"
+    state.write_text(state.read_text()[:40])
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = checkpoint / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit])
+def test_a_run_that_stopped_halfway_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, damage):
     shutil.copytree(finished / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    state = tmp_path / "run" / "checkpoint-000008" / "state.json"
-    state.write_text(state.read_text()[:40])  # a checkpoint that is not whole: the one before it is used
+    damage(tmp_path / "run" / "checkpoint-000008")  # the one before it is used
     main([*SMALL, "train.resume=true", f"data.store_dir={finished / 'stores'}"])
     for name in ("model/model.safetensors", "checkpoint-000008/optimizer.safetensors"):
         whole, resumed = load_file(finished / "run" / name), load_file(tmp_path / "run" / name)

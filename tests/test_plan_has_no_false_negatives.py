@@ -36,6 +36,15 @@ def test_equal_passage_texts_are_one_content_across_sources_and_questions(tokeni
     assert len(set(contents)) == 3
 
 
+def test_rows_of_one_content_id_are_one_content_whatever_their_texts(tokenizer, tmp_path):
+    rows = [Row({"en": f"q {i}"}, {"en": f"text {i}"}, content=f"c{i // 2}") for i in range(40)]
+    rows += [Row({"de": f"f {i}"}, {"de": f"wort {i}"}, content=f"c{i}") for i in range(20)]
+    sources = [("a", None, rows), ("b", None, rows[:1])]  # another source's "c0" is another content, but for its text
+    store = build_store(tmp_path / "s", sources, tokenizer, Role("", 9), Role("", 9), progress=False)
+    assert len(set(store.row_contents[:60].tolist())) == 20
+    assert store.row_contents[0] == store.row_contents[1] == store.row_contents[40] == store.row_contents[60]
+
+
 @pytest.mark.parametrize("strategy", ["mono", "cross"])
 def test_an_epoch_has_each_content_once_and_the_next_one_other_questions(store, strategy):
     plans = planner(store, size=10, strategy=strategy)
