@@ -38,7 +38,7 @@ MISTAKES = {
     "weights grad": ({"weights": torch.ones(3, requires_grad=True)}, "weights.detach"),
     "margin": ({"false_negative_margin": float("nan")}, "false_negative_margin must be a finite number"),
     "workspace": ({"workspace_bytes": 0}, "workspace_bytes must be an int >= 1"),
-    "backend": ({"backend": "numpy"}, "backend='numpy' is not available; available: 'auto', 'cpu', 'torch'"),
+    "backend": ({"backend": "numpy"}, "backend='numpy' is not available; available: 'auto', 'triton', 'cpu', 'torch'"),
     "group": ({"group": 0}, "group must be a torch.distributed group"),
     "overflow": ({"queries": Q * 1e5, "compute_dtype": "fp16"}, "queries overflows in fp16"),
     "device": ({"passages": P.to("meta")}, "passages is on meta but queries is on cpu"),
@@ -81,4 +81,10 @@ def test_module_rejects_a_scale_that_is_none():
 def test_the_package_exports_these_names():
     import hbt_fast.loss
 
-    assert sorted(hbt_fast.loss.__all__) == ["InfoNCELoss", "explain", "info_nce", "info_nce_with_grad", "negative_variance"]
+    assert sorted(hbt_fast.loss.__all__) == [
+        "InfoNCELoss",
+        "explain",
+        "info_nce",
+        "info_nce_with_grad",
+        "negative_variance",
+    ]

@@ -16,7 +16,7 @@ from hbt_fast.loss.planner import backend_for
 COMPUTE_DTYPES = ("fp16", "bf16", "tf32", "fp32")
 DUPLICATES = ("mask", "positive")
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "cpu", "torch", "torch-chunked")
+BACKENDS = ("auto", "triton", "cpu", "torch", "torch-chunked")
 FP16_OVERFLOW = 65520.0  # rounds to infinity
 
 
@@ -82,7 +82,7 @@ def check_arguments(
     if o.false_negative_margin is not None and not math.isfinite(o.false_negative_margin):
         raise ValueError(f"false_negative_margin must be a finite number or None, not {o.false_negative_margin!r}")
     check_weights(o.weights, n)
-    backend_for(o.backend, queries.device)
+    backend_for(o.backend, queries.device, computation_dtype(queries, passages, own_negatives))
 
 
 def computation_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hbt_fast.loss.arguments import Options
+from hbt_fast.loss.arguments import Options, computation_dtype
 from hbt_fast.loss.dense import dense_losses
 from hbt_fast.loss.planner import backend_for
 from hbt_fast.loss.problem import meet_ranks, prepare
@@ -100,7 +100,7 @@ def info_nce(
     )  # fmt: skip
     ranks = meet_ranks(queries, passages, scale, own_negatives, o)
     with torch.autocast(queries.device.type, enabled=False):
-        backend, _ = backend_for(o.backend, queries.device)
+        backend, _ = backend_for(o.backend, queries.device, computation_dtype(queries, passages, own_negatives))
         if backend == "torch":
             return _dense(queries, passages, scale, own_negatives, o, ranks)
         return _Tiled.apply(
@@ -149,7 +149,7 @@ def info_nce_with_grad(
     queries, passages, scale, own_negatives = tensors
     scale = _as_tensor(scale)
     with torch.autocast(queries.device.type, enabled=False):
-        backend, _ = backend_for(o.backend, queries.device)
+        backend, _ = backend_for(o.backend, queries.device, computation_dtype(queries, passages, own_negatives))
         if backend == "torch":
             with torch.inference_mode(False), torch.enable_grad():
                 leaves = [_leaf(x) for x in (queries, passages, scale, own_negatives) if x is not None]

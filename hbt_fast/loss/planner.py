@@ -5,6 +5,7 @@ Shapes: N queries of this rank, M passages of all ranks.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from hbt_fast.loss import tiles
 
 PANEL_ROWS = 1024
 TILE_ELEMENTS = 2**20
+GPU_ROWS = 256  # panels on a GPU are multiples of it
+WAY: str | None = None  # "fused" or "sweep", for benchmarks that compare them; None: what is thought faster
 MEMORY_SHARE = 8  # the default workspace is this part of free memory ...
 SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 * 2**20, 2**30  # ... within these bounds
 
@@ -22,8 +25,9 @@ SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 * 2**20, 2**30  # ... within these bo
 class Plan:
     """A loss call's way. `str()` of it is a sentence or two for people.
 
-    `passes` counts N x M x D products for the loss and both gradients, `logit_bytes` the logits held at a time, and
-    `extra_bytes` all memory beyond inputs and gradients: logits, temporaries and statistics.
+    `passes` counts N x M x D products for the loss and both gradients. Of S, `panel_rows` are worked on at a time, in
+    tiles of `tile_columns`; with `keep` all logits are held until the end. `operands` is what the products take, `way`
+    how "triton" makes logits. `logit_bytes` is held at a time, `extra_bytes` all memory beyond inputs and gradients.
     """
 
     backend: str
@@ -31,6 +35,8 @@ class Plan:
     panel_rows: int
     tile_columns: int
     keep: bool
+    operands: torch.dtype
+    way: str
     logit_bytes: int
     extra_bytes: int
     reason: str
@@ -49,6 +55,7 @@ def explain(
     m: int,
     *,
     dtype: torch.dtype = torch.float32,
+    operands: torch.dtype | None = None,
     symmetric: bool = False,
     device: str | torch.device = "cpu",
     workspace_bytes: int | None = None,
@@ -60,6 +67,7 @@ def explain(
         n: queries of this rank.
         m: passages of all ranks.
         dtype: of the embeddings; logits are float64 for float64, else float32.
+        operands: of the products, for "triton": float16, bfloat16 or float32; None: dtype.
         symmetric: whether the passage-to-query half is computed too.
         device: of the embeddings.
         workspace_bytes: limit of logits and temporaries; None: an eighth of the free memory, 64 MiB to 1 GiB.
@@ -69,13 +77,26 @@ def explain(
         ValueError: the backend cannot be had here; the message says why.
     """
     device = torch.device(device)
-    backend, reason = backend_for(backend, device)
+    backend, reason = backend_for(backend, device, dtype)
+    operands = operands or dtype
     workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
     element = 8 if dtype == torch.float64 else 4
     whole, row = element * n * m, element * m
     statistics = element * 8 * (n + (m if symmetric else 0))
     if backend == "torch":
-        return Plan(backend, 3, n, m, True, whole, (5 + 2 * symmetric) * whole + statistics, reason)
+        extra = (5 + 2 * symmetric) * whole + statistics
+        return Plan(backend, 3, n, m, True, dtype, "dense", whole, extra, reason)
+    if backend == "triton":
+        # one-way the panel holds exp(S), symmetric the gradient, both in the operands' dtype; a sweep also fp32 logits
+        way = WAY or "fused"
+        keep = symmetric and 4 * n * m + operands.itemsize * n * m <= workspace
+        way = "sweep" if keep else way
+        cell = operands.itemsize + (4 if way == "sweep" else 0)
+        rows = min(n, max(GPU_ROWS, workspace // (cell * m) // GPU_ROWS * GPU_ROWS))
+        held = cell * m * (n if keep else rows)
+        return Plan(
+            backend, 4 if symmetric and not keep else 3, rows, m, keep, operands, way, held, held + statistics, reason
+        )
 
     copies = 0 if backend == "cpu" else 3  # temporaries as large as a tile; the compiled form needs none
 
@@ -93,6 +114,8 @@ def explain(
         panel_rows=rows,
         tile_columns=min(m, max(1, TILE_ELEMENTS // rows)),
         keep=keep,
+        operands=dtype,
+        way="tiles",
         logit_bytes=held,
         extra_bytes=held + temporaries(rows) + statistics,
         reason=reason,
@@ -108,15 +131,26 @@ def default_workspace(device: torch.device) -> int:
     return min(max(free // MEMORY_SHARE, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
 
 
-def backend_for(backend: str, device: torch.device) -> tuple[str, str]:
+def backend_for(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend to use and why. Raises ValueError for one that cannot be had."""
-    why_not = None
+    no_cpu = no_triton = None
     if device.type != "cpu":
-        why_not = f"the embeddings are on {device.type}"
+        no_cpu = f"the embeddings are on {device.type}"
     elif tiles.compiled() is None:
-        why_not = "csrc/ was not built; install with a C++ compiler, torch and --no-build-isolation"
+        no_cpu = "csrc/ was not built; install with a C++ compiler, torch and --no-build-isolation"
+    if dtype == torch.float64:
+        no_triton = "it computes in float32, and an embedding is float64"
+    elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        no_triton = f"the embeddings are on {device.type}"
+    elif importlib.util.find_spec("triton") is None:
+        no_triton = "triton is not installed"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        no_triton = "the GPU is older than Ampere (compute capability 8.0)"
+    if backend == "auto" and device.type == "cuda":
+        return ("torch-chunked", f"no Triton: {no_triton}") if no_triton else ("triton", "on a GPU")
     if backend == "auto":
-        return ("torch-chunked", f"not compiled: {why_not}") if why_not else ("cpu", "compiled")
-    if backend == "cpu" and why_not:
-        raise ValueError(f"backend='cpu' cannot be used: {why_not}")
+        return ("torch-chunked", f"not compiled: {no_cpu}") if no_cpu else ("cpu", "compiled")
+    for name, why_not in (("cpu", no_cpu), ("triton", no_triton)):
+        if backend == name and why_not:
+            raise ValueError(f"backend={name!r} cannot be used: {why_not}")
     return backend, "as asked"

@@ -43,6 +43,8 @@ class Problem:
     margin: float | None
     weights_N: Tensor | None  # divided by the sum of all ranks' weights if the reduction is a mean
     reduction: str
+    compute_dtype: str | None
+    operands: torch.dtype  # what tensor cores may be fed with: the values of q_ND and p_MD are exact in it
     workspace_bytes: int | None
     ranks: Ranks
 
@@ -157,9 +159,19 @@ def prepare(
         margin=o.false_negative_margin,
         weights_N=weights_N,
         reduction=o.reduction,
+        compute_dtype=o.compute_dtype,
+        operands=operand_dtype(queries, passages, o.compute_dtype),
         workspace_bytes=o.workspace_bytes,
         ranks=ranks,
     )
+
+
+def operand_dtype(queries: Tensor, passages: Tensor, compute_dtype: str | None) -> torch.dtype:
+    """The smallest dtype that holds the operands: half where it was asked for, or where both inputs are of one half."""
+    if compute_dtype in ("fp16", "bf16"):
+        return torch.float16 if compute_dtype == "fp16" else torch.bfloat16
+    halves = compute_dtype is None and queries.dtype == passages.dtype in (torch.float16, torch.bfloat16)
+    return queries.dtype if halves else torch.float32
 
 
 def rounded(x: Tensor, compute_dtype: str | None) -> Tensor:

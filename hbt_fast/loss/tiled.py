@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hbt_fast.loss.negatives import further_positives, further_queries, layout_of
 from hbt_fast.loss.panels import Panels, Statistics
+from hbt_fast.loss.panels_triton import TritonPanels
 from hbt_fast.loss.planner import SMALLEST_WORKSPACE, explain
 from hbt_fast.loss.problem import Problem
 from hbt_fast.loss.ranks import ALONE, Ranks
@@ -90,9 +91,10 @@ def tiled_losses(
     layout = layout_of(problem, margin)
     plan = explain(
         pos_N.shape[0], layout.p_MD.shape[0], dtype=pos_N.dtype, symmetric=problem.symmetric, device=pos_N.device,
-        workspace_bytes=problem.workspace_bytes, backend=backend,
+        workspace_bytes=problem.workspace_bytes, backend=backend, operands=problem.operands,
     )  # fmt: skip
-    panels = Panels(problem, layout, plan, need_queries and wanted, need_passages and wanted)
+    form = TritonPanels if plan.backend == "triton" else Panels
+    panels = form(problem, layout, plan, need_queries and wanted, need_passages and wanted)
     more_rows, more_columns = _further(problem)
 
     if problem.symmetric:

@@ -1,0 +1,173 @@
+"""sentence-transformers: MultipleNegativesRankingLoss and its cached form, computed by `info_nce`.
+
+The lines you had::
+
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=64)
+
+The lines you write::
+
+    from hbt_fast.integrations.sentence_transformers import CachedMultipleNegativesRankingLoss
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=64)
+
+Both are subclasses of the package's own, and `SentenceTransformerTrainer`, `MatryoshkaLoss` and model cards treat them
+as such. What is replaced is the step from embeddings to loss.
+
+With gather_across_devices the loss is the mean over the queries of all ranks (theirs: over the rank's own; the trainer
+logs the average). The gradients, after DDP's averaging, are the same. Ranks may have batches of unequal size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hbt_fast.loss import info_nce
+
+try:
+    from sentence_transformers.sentence_transformer import losses as theirs
+    from sentence_transformers.util import cos_sim, dot_score
+except ImportError as error:
+    raise ImportError(f'sentence-transformers does not import ({error}); pip install "hbt-fast[st]"') from error
+if not hasattr(theirs.CachedMultipleNegativesRankingLoss, "forward_cached"):
+    raise ImportError('gradient caching needs sentence-transformers 6.0 or later; pip install -U "hbt-fast[st]"')
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
+    """In-batch negatives, hard negatives in further columns; see the package's class for the arguments up to the `*`.
+
+    Args:
+        model: the SentenceTransformer.
+        scale: 1/temperature.
+        similarity_fct: cos_sim or dot_score of sentence_transformers.util.
+        gather_across_devices: the passages (and, symmetric, the queries) of all ranks are candidates.
+        directions: ("query_to_doc",); with "doc_to_query" and partition_mode="per_direction" the symmetric loss; with
+            "query_to_query" and partition_mode="joint" other queries are negatives too.
+        partition_mode: "joint" or "per_direction".
+        hardness_mode: None, unless hardness_strength is 0.
+        hardness_strength: without effect while hardness_mode is None, as there.
+        compute_dtype: operands of the products, as in `info_nce`; None: the dtype of the embeddings.
+        workspace_bytes: memory for the loss, as in `info_nce`.
+
+    Raises:
+        ValueError: an argument that InfoNCE does not express, here or when the attribute is set later and used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        compute_dtype: str | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
+            hardness_strength,
+        )  # fmt: skip
+        self.compute_dtype, self.workspace_bytes = compute_dtype, workspace_bytes
+        _refuse_what_is_not_info_nce(self)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """(N, d) queries, (N, d) positives and any number of (N, d) hard negatives -> 0-d loss; labels are not used."""
+        return _loss(self, embeddings)
+
+
+class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLoss):
+    """The same by gradient caching: each text is embedded once without graph and once with, mini-batch by mini-batch,
+    and the random states of the first are replayed in the second. Arguments and errors are those above, besides:
+
+    Args:
+        mini_batch_size: texts per forward pass.
+        mini_batch_num_tokens: tokens per forward pass instead.
+        show_progress_bar: of the mini-batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        show_progress_bar: bool = False,
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        compute_dtype: str | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices, directions,
+            partition_mode, show_progress_bar, hardness_mode, hardness_strength,
+        )  # fmt: skip
+        self.compute_dtype, self.workspace_bytes = compute_dtype, workspace_bytes
+        _refuse_what_is_not_info_nce(self)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Mini-batches of embeddings per column -> 0-d loss; with_backward also leaves gradients in the embeddings."""
+        loss = _loss(self, [torch.cat(column) for column in reps])
+        if with_backward:
+            loss.backward()
+        return loss.detach() if with_backward else loss
+
+
+def _refuse_what_is_not_info_nce(loss: nn.Module) -> None:
+    keep = f"or keep sentence_transformers.losses.{type(loss).__name__}"
+    if loss.similarity_fct not in (cos_sim, dot_score):
+        raise ValueError(
+            f"similarity_fct={loss.similarity_fct!r} is no inner product of embeddings; write cos_sim or dot_score of "
+            f"sentence_transformers.util, {keep}"
+        )
+    if loss.hardness_mode is not None and loss.hardness_strength > 0:
+        raise ValueError(
+            f"hardness_mode={loss.hardness_mode!r} changes the logits of negatives; write hardness_mode=None, {keep}"
+        )
+    others = sorted(set(loss.directions) - {"query_to_doc", "query_to_query"})
+    if loss.partition_mode == "joint" and others:
+        raise ValueError(
+            f'directions with {others[0]!r} and partition_mode="joint" put two anchors into one softmax, which is not '
+            'InfoNCE; write directions=("query_to_doc", "doc_to_query") with partition_mode="per_direction" for the '
+            f"symmetric loss, {keep}"
+        )
+
+
+def _loss(loss: nn.Module, columns: list[Tensor]) -> Tensor:
+    """InfoNCE of one query column and one or more passage columns, each (N, d), with the options of `loss`."""
+    if len(columns) < 2:
+        raise ValueError(f"a batch needs a query and a positive column, not {len(columns)} column")
+    _refuse_what_is_not_info_nce(loss)  # attributes may have been set since
+    queries, passages, ids = columns[0], torch.cat(columns[1:]), None
+    if loss.similarity_fct is cos_sim:
+        queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
+    group = dist.group.WORLD if loss.gather_across_devices and dist.is_available() and dist.is_initialized() else None
+    if "query_to_query" in loss.directions:  # queries are passages with the id of their positive: no negatives of it
+        ids = torch.arange(len(passages), device=queries.device) + (dist.get_rank() << 32 if group else 0)
+        ids, passages = torch.cat([ids, ids[: len(queries)]]), torch.cat([passages, queries])
+    return info_nce(
+        queries,
+        passages,
+        scale=loss.scale,
+        passage_ids=ids,
+        symmetric="doc_to_query" in loss.directions,
+        group=group,
+        compute_dtype=loss.compute_dtype,
+        workspace_bytes=loss.workspace_bytes,
+    )
