@@ -13,7 +13,8 @@ from hbt_fast.loss.dense import dense_losses
 from hbt_fast.loss.planner import backend_for
 from hbt_fast.loss.problem import meet_ranks, prepare
 from hbt_fast.loss.ranks import Ranks
-from hbt_fast.loss.tiled import tiled_losses
+from hbt_fast.loss.tiled import tiled_info_nce
+from hbt_fast.loss.traced import traced_info_nce
 
 
 class _LossAndGradients(NamedTuple):
@@ -98,6 +99,8 @@ def info_nce(
         positives, passage_ids, query_ids, duplicates, weights, symmetric, false_negative_margin, reduction, group,
         compute_dtype, workspace_bytes, backend,
     )  # fmt: skip
+    if torch.compiler.is_compiling() and backend != "torch":
+        return traced_info_nce(queries, passages, _as_tensor(scale), own_negatives, o)
     ranks = meet_ranks(queries, passages, scale, own_negatives, o)
     with torch.autocast(queries.device.type, enabled=False):
         backend, _ = backend_for(o.backend, queries.device, computation_dtype(queries, passages, own_negatives))
@@ -158,7 +161,7 @@ def info_nce_with_grad(
             loss = loss.detach()
         else:
             with torch.no_grad():
-                loss, gradients = _tiled(queries, passages, scale, own_negatives, o, ranks, backend, None)
+                loss, gradients = tiled_info_nce(queries, passages, scale, own_negatives, o, ranks, backend, None)
     if not isinstance(tensors[2], Tensor):
         gradients[2] = gradients[2].to(loss)
     result = InfoNCEGrad(loss, *gradients[:3])
@@ -183,35 +186,6 @@ def _dense(
     return ranks.for_averaging(problem.reduced(dense_losses(problem)))
 
 
-def _tiled(
-    queries: Tensor,
-    passages: Tensor,
-    scale: Tensor,
-    own_negatives: Tensor | None,
-    o: Options,
-    ranks: Ranks,
-    backend: str,
-    cotangents_N: Tensor | None,
-    needs: tuple[bool, ...] = (True, True, True, True),
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The reduced loss and the gradients of the four tensors; cotangents_N are those of reduction="none"."""
-    problem = prepare(queries, passages, scale, own_negatives, o, ranks)
-    g_N = problem.weighted(torch.ones_like(problem.q_ND[:, 0]) if cotangents_N is None else cotangents_N)
-    losses_N, g = tiled_losses(
-        problem, backend, g_N if any(needs) else None, need_queries=needs[0] or needs[2], need_passages=needs[1]
-    )
-    gradients: list[Tensor | None] = [None] * 4
-    if needs[0]:
-        gradients[0] = (g.queries * ranks.world).to(queries.dtype)
-    if needs[1]:
-        gradients[1] = (ranks.add_passage_gradients(g.passages) * ranks.world).to(passages.dtype)
-    if needs[2]:
-        gradients[2] = ranks.sum(g.scale).to(scale)
-    if needs[3] and own_negatives is not None:
-        gradients[3] = (g.own_negatives * ranks.world).to(own_negatives.dtype)
-    return problem.reduced(losses_N), gradients
-
-
 class _Tiled(torch.autograd.Function):
     """Gradients are made in the forward pass, with the loss; only reduction="none" must wait for its cotangents."""
 
@@ -230,7 +204,7 @@ class _Tiled(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4] if grad_enabled else (False,) * 4
         ctx.call, ctx.waits = (o, ranks, backend), o.reduction == "none"
         now = (False,) * 4 if ctx.waits else needs
-        loss, gradients = _tiled(queries, passages, scale, own_negatives, *ctx.call, None, now)
+        loss, gradients = tiled_info_nce(queries, passages, scale, own_negatives, *ctx.call, None, now)
         ctx.save_for_backward(*((queries, passages, scale, own_negatives) if ctx.waits else gradients))
         return loss
 
@@ -240,7 +214,7 @@ class _Tiled(torch.autograd.Function):
         if ctx.waits:
             needs = ctx.needs_input_grad[:4]
             with torch.autocast(cotangent.device.type, enabled=False):
-                _, gradients = _tiled(*ctx.saved_tensors, *ctx.call, cotangent, needs)
+                _, gradients = tiled_info_nce(*ctx.saved_tensors, *ctx.call, cotangent, needs)
         else:
             gradients = [None if g is None else (g * cotangent).to(g.dtype) for g in ctx.saved_tensors]
         return *gradients, None, None, None, None

@@ -133,6 +133,8 @@ def default_workspace(device: torch.device) -> int:
 
 def backend_for(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend to use and why. Raises ValueError for one that cannot be had."""
+    if backend in ("torch", "torch-chunked"):
+        return backend, "as asked"
     no_cpu = no_triton = None
     if device.type != "cpu":
         no_cpu = f"the embeddings are on {device.type}"

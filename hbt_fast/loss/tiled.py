@@ -23,11 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hbt_fast.loss.arguments import Options
 from hbt_fast.loss.negatives import further_positives, further_queries, layout_of
 from hbt_fast.loss.panels import Panels, Statistics
 from hbt_fast.loss.panels_triton import TritonPanels
 from hbt_fast.loss.planner import SMALLEST_WORKSPACE, explain
-from hbt_fast.loss.problem import Problem
+from hbt_fast.loss.problem import Problem, prepare
 from hbt_fast.loss.ranks import ALONE, Ranks
 from hbt_fast.loss.terms import (
     NEGATIVE_INFINITY,
@@ -73,6 +74,39 @@ class _Terms(NamedTuple):
     slope_T: Tensor
     slope_own_T: Tensor
     count_T: Tensor
+
+
+def tiled_info_nce(
+    queries: Tensor,
+    passages: Tensor,
+    scale: Tensor,
+    own_negatives: Tensor | None,
+    o: Options,
+    ranks: Ranks,
+    backend: str,
+    cotangents_N: Tensor | None,
+    needs: tuple[bool, ...] = (True, True, True, True),
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The reduced loss and the gradients of the four tensors; cotangents_N are those of reduction="none"."""
+    problem = prepare(queries, passages, scale, own_negatives, o, ranks)
+    g_N = problem.weighted(torch.ones_like(problem.q_ND[:, 0]) if cotangents_N is None else cotangents_N)
+    losses_N, g = tiled_losses(
+        problem, backend, g_N if any(needs) else None, need_queries=needs[0] or needs[2], need_passages=needs[1]
+    )
+    gradients: list[Tensor | None] = [None] * 4
+    if needs[0]:
+        gradients[0] = _times(g.queries, ranks.world).to(queries.dtype)
+    if needs[1]:
+        gradients[1] = _times(ranks.add_passage_gradients(g.passages), ranks.world).to(passages.dtype)
+    if needs[2]:
+        gradients[2] = ranks.sum(g.scale).to(scale)
+    if needs[3] and own_negatives is not None:
+        gradients[3] = _times(g.own_negatives, ranks.world).to(own_negatives.dtype)
+    return problem.reduced(losses_N), gradients
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    return x if factor == 1 else x * factor
 
 
 def tiled_losses(
