@@ -14,12 +14,12 @@ built = pytest.mark.skipif(tiles.compiled() is None, reason="csrc/ was not built
 @pytest.mark.parametrize(
     ("n", "m", "symmetric", "workspace", "passes", "rows", "columns", "keep"),
     [
-        (4096, 4096, False, 64 * MIB, 3, 1024, 1024, False),  # one-way: a panel is done before the next
-        (4096, 4096, True, 64 * MIB, 3, 1024, 1024, True),  # all of S is 64 MiB exactly
-        (4096, 4096, True, 64 * MIB - 1, 4, 1024, 1024, False),
-        (8192, 8192, True, 64 * MIB, 4, 1024, 1024, False),
-        (65536, 65536, True, 64 * MIB, 4, 256, 4096, False),  # a panel of 1024 rows would be 256 MiB
-        (65536, 65536, True, 1024 * MIB, 4, 1024, 1024, False),
+        (4096, 4096, False, 64 * MIB, 3, 1024, 4096, False),  # one-way: a panel is done before the next
+        (4096, 4096, True, 64 * MIB, 3, 1024, 4096, True),  # all of S is 64 MiB exactly
+        (4096, 4096, True, 64 * MIB - 1, 4, 1024, 4096, False),
+        (8192, 8192, True, 64 * MIB, 4, 1024, 4096, False),
+        (65536, 65536, True, 64 * MIB, 4, 256, 16384, False),  # a panel of 1024 rows would be 256 MiB
+        (65536, 65536, True, 1024 * MIB, 4, 1024, 4096, False),
         (100, 300, True, 64 * MIB, 3, 100, 300, True),
         (1, 1, False, 1, 3, 1, 1, False),
         (100, 300, False, 1, 3, 1, 300, False),  # one row at least
@@ -71,3 +71,12 @@ def test_the_workspace_changes_no_bit_of_the_result(symmetric):
         info_nce_with_grad(q, p, symmetric=symmetric, backend="cpu", workspace_bytes=w) for w in (7 * MIB, 512 * MIB)
     )
     assert all(torch.equal(a, b) for a, b in zip(small, large, strict=True))
+
+
+def test_a_plan_for_a_gpu_can_be_made_without_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    one = explain(65536, 65536, device="cuda", operands=torch.bfloat16)
+    both = explain(65536, 65536, device="cuda", operands=torch.bfloat16, symmetric=True)
+    assert (one.backend, one.passes, both.passes) == ("triton", 3, 4)
+    assert max(one.extra_bytes, both.extra_bytes) < 1100 * MIB
+    assert explain(9, 9, device="cuda", dtype=torch.float64).backend == "torch-chunked"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad, negative_variance, tiles
 
-QUERIES, PASSAGES, WIDTH, OWN = (5, 3, 4), (6, 3, 7), 6, 2  # rows per rank
+QUERIES, PASSAGES, WIDTH, OWN = (5, 3, 4, 2), (6, 3, 7, 2), 6, 2  # rows per rank
 BACKENDS = ("torch", "cpu") if tiles.compiled() else ("torch", "torch-chunked")
 CASES = {
     "plain": {},
@@ -145,7 +145,7 @@ def worker(rank, world, folder):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)

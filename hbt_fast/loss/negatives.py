@@ -64,19 +64,19 @@ class Negatives:
 class Layout:
     """The columns of S and their negatives."""
 
-    p_MD: Tensor
+    p_MD: Tensor  # without source_M, those of other ranks may still be on their way
     source_M: Tensor | None  # the passage of each column; None: columns are the passages
     negatives: Negatives
 
 
 def layout_of(problem: Problem, margin: Margin | None) -> Layout:
     """Lay out the columns and make the keys; O((A + M) log M) beside copying the passages where columns move."""
-    ranks, y_A, m = problem.ranks, problem.positives_A, problem.p_MD.shape[0]
+    ranks, y_A, m = problem.ranks, problem.positives_A, problem.passages_MD.shape[0]
     own, device = ranks.own_queries, problem.q_ND.device
     key_M = torch.arange(m, device=device, dtype=torch.int32)
     if problem.passage_ids_M is not None:
         key_M = _keys(problem.passage_ids_M)
-    row_key_A, p_MD, source_M = key_M[y_A], problem.p_MD, None
+    row_key_A, p_MD, source_M = key_M[y_A], problem.passages_MD, None
     inverse_M = None if margin is None else margin.inverse_p_M
 
     terms: dict[str, Tensor] = {}

@@ -1,8 +1,10 @@
 """Panels of S on a CPU: matrix products by the BLAS, tile by tile, with everything elementwise done between them.
 
-A panel is up to 1024 rows of S, a tile as many columns of it as fill 4 MiB: large enough that the three products run as
-fast as whole ones (measured at 4096 x 384 fp32 on 2 cores, time of all three in units of the whole products: tiles of
-1024 x 1024 0.95, 256 x 4096 1.12, 128 x 4096 1.41), small enough to be in cache still when the elementwise work comes.
+A panel is up to 1024 rows of S, a tile as many columns of it as fill 16 MiB (4 MiB in torch, which makes temporaries):
+large enough that the three products run as fast as whole ones, small enough to be in cache still when the elementwise
+work comes. Measured at 4096 x 384, fp32, 2 cores of an AMD EPYC with 32 MiB of L3, the three products by tiles in units
+of whole ones, medians of 9 interleaved rounds: 1024 x 4096 0.98, 2048 x 2048 0.99, 1024 x 1024 1.04, 512 x 1024 1.09;
+in an earlier run 256 x 4096 1.12, 128 x 4096 1.41.
 
 Shapes: R rows of a panel, N queries of this rank, A queries of all ranks, M columns, C columns of a tile, D dimensions.
 """
@@ -68,7 +70,7 @@ class Panels:
 
     def __init__(self, problem: Problem, layout: Layout, plan: Plan, need_queries: bool, need_passages: bool) -> None:
         self.plan, self.p_MD, self.negatives = plan, layout.p_MD, layout.negatives
-        self.source_M, self.passages = layout.source_M, problem.p_MD.shape[0]
+        self.source_M, self.problem = layout.source_M, problem
         # A BLAS multiplies by a number for nothing; for a GPU the number stays a tensor, which nothing waits for.
         on_cpu = problem.q_ND.device.type == "cpu"
         self.alpha, self.after = (float(problem.scale), None) if on_cpu else (1.0, problem.scale)
@@ -79,6 +81,7 @@ class Panels:
         self.dq_ND = torch.empty_like(self.q_ND) if need_queries else None
         self.dp_MD = torch.empty_like(self.p_MD) if need_passages else None
         self.tiles = tiles.compiled() if plan.backend == "cpu" else tiles
+        self.columns = self._columns(problem.ranks)
 
     def rows(self) -> Iterator[slice]:
         """The panels, in order."""
@@ -110,7 +113,7 @@ class Panels:
             negatives = self.negatives.tile(rows, columns)
             self.tiles.gradient(s_RC, rows_N.part(rows), factor_N[rows], column, factor_C, negatives)
             if self.dq_ND is not None:
-                self._product(self.dq_ND[rows], s_RC, self.p_MD[columns], first=columns.start == 0)
+                self._product(self.dq_ND[rows], s_RC, self.p_MD[columns], first=columns is self.columns[0])
             if self.dp_MD is not None:
                 self._product(self.dp_MD[columns], s_RC.T, self.q_ND[rows], first=rows.start == 0)
         self.held = self.held - {rows.start} if self.plan.keep else set()
@@ -123,22 +126,31 @@ class Panels:
             dq_ND.mul_(self.after)
         if self.dp_MD is not None and self.source_M is None:
             return dq_ND, self.dp_MD
-        dp_MD = self.q_ND.new_zeros(self.passages, d)
+        dp_MD = self.q_ND.new_zeros(self.problem.passages_MD.shape[0], d)
         if self.dp_MD is not None:
             dp_MD.index_put_((self.source_M,), self.dp_MD, accumulate=True)
         return dq_ND, dp_MD
 
     def _tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """The panel's tiles, each contiguous, which is what the BLAS likes best."""
-        r, m = rows.stop - rows.start, self.p_MD.shape[0]
-        at = rows.start * m if self.plan.keep else 0
-        for start in range(0, m, self.plan.tile_columns):
-            columns = slice(start, min(start + self.plan.tile_columns, m))
+        r = rows.stop - rows.start
+        at = rows.start * self.p_MD.shape[0] if self.plan.keep else 0
+        for columns in self.columns:
             c = columns.stop - columns.start
             yield columns, self.buffer[at : at + r * c].view(r, c)
             at += r * c
 
+    def _columns(self, ranks: Ranks) -> list[slice]:
+        """The columns of a panel's tiles. Of several ranks each one's apart, the own first: others are still coming."""
+        blocks = [slice(0, self.p_MD.shape[0])]
+        if self.source_M is None and ranks.group is not None:
+            blocks = ranks.passage_blocks[ranks.rank :] + ranks.passage_blocks[: ranks.rank]
+        step = self.plan.tile_columns
+        return [slice(i, min(i + step, b.stop)) for b in blocks for i in range(b.start, b.stop, step)]
+
     def _make(self, s_RC: Tensor, rows: slice, columns: slice) -> None:
+        if self.source_M is None:
+            self.problem.arrived(columns)
         self._product(s_RC, self.q_ND[rows], self.p_MD[columns].T, first=True)
 
     def _product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

@@ -37,8 +37,10 @@ class TritonPanels:
 
         self.plan, self.scale, self.sweep, self.fused = plan, problem.scale, sweep, fused
         self.dtype = plan.operands
+        if layout.source_M is None:
+            problem.p_MD  # noqa: B018 (waits: the kernels read all columns at once)
         self.q_ND, self.p_MD = (x.to(self.dtype).contiguous() for x in (problem.q_ND, layout.p_MD))
-        self.source_M, self.passages = layout.source_M, problem.p_MD.shape[0]
+        self.source_M, self.passages = layout.source_M, problem.passages_MD.shape[0]
         self.precision = "tf32" if problem.compute_dtype == "tf32" else "ieee"
         keys = layout.negatives
         column_ids_M = keys.column_key_M.long()

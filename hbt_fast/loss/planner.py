@@ -14,7 +14,7 @@ import torch
 from hbt_fast.loss import tiles
 
 PANEL_ROWS = 1024
-TILE_ELEMENTS = 2**20
+TILE_ELEMENTS = 2**22
 GPU_ROWS = 256  # panels on a GPU are multiples of it
 WAY: str | None = None  # "fused" or "sweep", for benchmarks that compare them; None: what is thought faster
 MEMORY_SHARE = 8  # the default workspace is this part of free memory ...
@@ -98,10 +98,11 @@ def explain(
             backend, 4 if symmetric and not keep else 3, rows, m, keep, operands, way, held, held + statistics, reason
         )
 
-    copies = 0 if backend == "cpu" else 3  # temporaries as large as a tile; the compiled form needs none
+    # the compiled form needs no temporaries, torch three as large as a tile
+    copies, tile = (0, TILE_ELEMENTS) if backend == "cpu" else (3, TILE_ELEMENTS // 4)
 
     def temporaries(rows: int) -> int:
-        return copies * min(rows * row, element * TILE_ELEMENTS)
+        return copies * min(rows * row, element * tile)
 
     rows = min(n, PANEL_ROWS)
     while rows > 1 and rows * row + temporaries(rows) > workspace:
@@ -112,7 +113,7 @@ def explain(
         backend=backend,
         passes=4 if symmetric and not keep else 3,
         panel_rows=rows,
-        tile_columns=min(m, max(1, TILE_ELEMENTS // rows)),
+        tile_columns=min(m, max(1, tile // rows)),
         keep=keep,
         operands=dtype,
         way="tiles",
@@ -124,6 +125,8 @@ def explain(
 
 def default_workspace(device: torch.device) -> int:
     """An eighth of the free memory, within bounds. It decides what is kept, and not a bit of the result."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return LARGEST_WORKSPACE  # a plan for another machine
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -146,7 +149,7 @@ def backend_for(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
         no_triton = f"the embeddings are on {device.type}"
     elif importlib.util.find_spec("triton") is None:
         no_triton = "triton is not installed"
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    elif device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         no_triton = "the GPU is older than Ampere (compute capability 8.0)"
     if backend == "auto" and device.type == "cuda":
         return ("torch-chunked", f"no Triton: {no_triton}") if no_triton else ("triton", "on a GPU")

@@ -20,7 +20,7 @@ from hbt_fast.loss.arguments import (
     check_arguments,
     computation_dtype,
 )
-from hbt_fast.loss.ranks import Ranks, meet
+from hbt_fast.loss.ranks import Gathering, Ranks, meet
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class Problem:
     """What both torch forms compute from. Global row order is rank by rank; `positives` index into p_MD."""
 
     q_ND: Tensor
-    p_MD: Tensor
+    passages_MD: Tensor  # those of other ranks may still be on their way: see p_MD
+    gathering: Gathering | None
     own_NKD: Tensor | None
     scale: Tensor  # 0-d, of q_ND's dtype
     positives_N: Tensor
@@ -49,9 +50,18 @@ class Problem:
     ranks: Ranks
 
     @property
+    def p_MD(self) -> Tensor:
+        """The passages of all ranks; waits for those that have not come yet."""
+        return self.arrived(slice(0, self.passages_MD.shape[0]))
+
+    @property
     def positives_ND(self) -> Tensor:
-        """Each query's positive; a view, where they are consecutive."""
-        return self.p_MD[self.positives_N if self.positive_rows is None else self.positive_rows]
+        """Each query's positive; a view, where they are consecutive, and so of this rank."""
+        return self.p_MD[self.positives_N] if self.positive_rows is None else self.passages_MD[self.positive_rows]
+
+    def arrived(self, columns: slice) -> Tensor:
+        """Some passages; waits for those of them that have not come yet."""
+        return self.passages_MD[columns] if self.gathering is None else self.gathering.wait(columns)
 
     @property
     def own_count(self) -> int:
@@ -106,9 +116,18 @@ def meet_ranks(
 
 
 def prepare(
-    queries: Tensor, passages: Tensor, scale: float | Tensor, own_negatives: Tensor | None, o: Options, ranks: Ranks
+    queries: Tensor,
+    passages: Tensor,
+    scale: float | Tensor,
+    own_negatives: Tensor | None,
+    o: Options,
+    ranks: Ranks,
+    *,
+    overlap: bool = False,
 ) -> Problem:
     """Cast, round, gather. Differentiable: the gradients of the result's operands flow to the four arguments.
+
+    With `overlap` the passages of other ranks come while work goes on, and gradients do not flow.
 
     Raises:
         ValueError: positives out of range, weights that sum to zero; on all ranks alike.
@@ -116,6 +135,12 @@ def prepare(
     device = queries.device
     dtype = computation_dtype(queries, passages, own_negatives)
     n, m = queries.shape[0], sum(ranks.passage_counts)
+    if ranks.group is not None and overlap:
+        gathering = ranks.start_gathering(passages, dtype, lambda x: rounded(x, o.compute_dtype))
+        passages_MD = gathering.passages
+    else:
+        gathering, passages_MD = None, rounded(ranks.gather_passages(passages, dtype), o.compute_dtype)
+
     positive_rows = None
     if o.positives is None:
         positive_rows = slice(ranks.own_passages.start, ranks.own_passages.start + n)
@@ -144,7 +169,8 @@ def prepare(
 
     return Problem(
         q_ND=rounded(queries.to(dtype), o.compute_dtype),
-        p_MD=rounded(ranks.gather_passages(passages, dtype), o.compute_dtype),
+        passages_MD=passages_MD,
+        gathering=gathering,
         own_NKD=None if own_negatives is None else rounded(own_negatives.to(dtype), o.compute_dtype),
         scale=ranks.shared_scale(torch.as_tensor(scale, dtype=dtype, device=device)),
         positives_N=positives_N,

@@ -8,6 +8,7 @@ Shapes: N queries and M_r passages of this rank, A queries and M passages of all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,14 @@ class Ranks:
         return slice(start, start + self.query_counts[self.rank])
 
     @property
+    def passage_blocks(self) -> list[slice]:
+        """The rows of each rank among the passages of all."""
+        starts = [sum(self.passage_counts[:r]) for r in range(self.world)]
+        return [slice(start, start + count) for start, count in zip(starts, self.passage_counts, strict=True)]
+
+    @property
     def own_passages(self) -> slice:
-        start = sum(self.passage_counts[: self.rank])
-        return slice(start, start + self.passage_counts[self.rank])
+        return self.passage_blocks[self.rank]
 
     # Differentiable, for the dense form. `sum` and `shared` are a pair: after a sum all ranks hold the same values and
     # computes the same things from them, so each rank's cotangent is already the whole one; where ranks use such a
@@ -76,12 +82,58 @@ class Ranks:
         """(N, ...) of each rank -> (A, ...), in the order of ranks."""
         return x_N if self.group is None else _gather(x_N, self.query_counts, self.group)
 
+    def start_gathering(self, p: Tensor, dtype: torch.dtype, finish: Callable[[Tensor], Tensor]) -> Gathering:
+        """Send this rank's passages (M_r, D) to all ranks, and receive theirs while other work goes on."""
+        return Gathering(self, p.contiguous(), dtype, finish)
+
     def gather_passage_ids(self, x: Tensor) -> Tensor:
         return x if self.group is None else _gather(x, self.passage_counts, self.group)
 
     def add_passage_gradients(self, dp_MD: Tensor) -> Tensor:
         """The ranks' partial gradients (M, D) -> the whole gradient of this rank's own passages (M_r, D)."""
-        return dp_MD if self.group is None else _all_reduce(dp_MD, self)[self.own_passages]
+        if self.group is None:
+            return dp_MD
+        # One reduction to each owner, all under way at once: what a reduce-scatter does, for shards of any length.
+        dp_MD = dp_MD.contiguous()
+        blocks = [dp_MD[block] for block in self.passage_blocks]
+        work = [dist.reduce(x, group_dst=r, group=self.group, async_op=True) for r, x in enumerate(blocks)]
+        for handle in work:
+            handle.wait()
+        return blocks[self.rank]
+
+
+class Gathering:
+    """The passages of all ranks on their way to this one: a block of rows from each, in `passages` (M, D) once it came.
+
+    Args:
+        ranks: who takes part.
+        p: this rank's passages, (M_r, D).
+        dtype: of the gathered passages; they travel in p's own.
+        finish: turns a block as it came, in `dtype`, into the block to keep.
+    """
+
+    def __init__(self, ranks: Ranks, p: Tensor, dtype: torch.dtype, finish: Callable[[Tensor], Tensor]) -> None:
+        self.passages = p.new_empty(sum(ranks.passage_counts), p.shape[1], dtype=dtype)
+        self.finish, self.coming = finish, []
+        for r, block in enumerate(ranks.passage_blocks):
+            own = r == ranks.rank
+            received = p.detach() if own else p.new_empty(block.stop - block.start, p.shape[1])
+            work = dist.broadcast(received, group_src=r, group=ranks.group, async_op=True)
+            self.coming.append((block, received, work))
+            if own:  # need not be waited for
+                self.passages[block] = finish(received.to(dtype))
+
+    def wait(self, columns: slice) -> Tensor:
+        """The passages of these columns, all there."""
+        still = []
+        for block, received, work in self.coming:
+            if block.start < columns.stop and columns.start < block.stop:
+                work.wait()
+                self.passages[block] = self.finish(received.to(self.passages.dtype))
+            else:
+                still.append((block, received, work))
+        self.coming = still
+        return self.passages[columns]
 
 
 ALONE = Ranks()

@@ -88,7 +88,7 @@ def tiled_info_nce(
     needs: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The reduced loss and the gradients of the four tensors; cotangents_N are those of reduction="none"."""
-    problem = prepare(queries, passages, scale, own_negatives, o, ranks)
+    problem = prepare(queries, passages, scale, own_negatives, o, ranks, overlap=True)
     g_N = problem.weighted(torch.ones_like(problem.q_ND[:, 0]) if cotangents_N is None else cotangents_N)
     losses_N, g = tiled_losses(
         problem, backend, g_N if any(needs) else None, need_queries=needs[0] or needs[2], need_passages=needs[1]
