@@ -56,8 +56,9 @@ INLINE float exp_of(float x) {
 // Slow, and used where exactness is checked.
 INLINE double exp_of(double x) { return std::exp(x); }
 
+// The offset for exp: 0 where there is no maximum. (Not "finite": C's function of that name would win for double.)
 template <typename T>
-INLINE T finite(T maximum) {
+INLINE T or_zero(T maximum) {
   return maximum == kNone<T> ? T(0) : maximum;
 }
 
@@ -121,7 +122,7 @@ INLINE void sums(const T* s, std::int64_t stride, std::int64_t begin, std::int64
                  T* __restrict col_sum) {
   for (std::int64_t i = begin; i < end; ++i) {
     const T* __restrict x = s + i * stride;
-    const T top = finite(row_max[i]);
+    const T top = or_zero(row_max[i]);
     T sum = T(0);
 #pragma omp simd reduction(+ : sum)
     for (std::int64_t j = 0; j < a; ++j) {
@@ -144,7 +145,7 @@ INLINE void gradients(T* s, std::int64_t stride, std::int64_t begin, std::int64_
                       const T* __restrict col_max, const T* __restrict col_factor) {
   for (std::int64_t i = begin; i < end; ++i) {
     T* __restrict x = s + i * stride;
-    const T top = finite(row_max[i]), factor = row_factor[i];
+    const T top = or_zero(row_max[i]), factor = row_factor[i];
 #pragma omp simd
     for (std::int64_t j = 0; j < a; ++j) {
       const T e = factor * exp_of(x[j] - top), f = col_factor[j] * exp_of(x[j] - col_max[j]);
@@ -182,7 +183,7 @@ namespace hbt_fast {
                                   T* row_max, T* row_sum, T* col_max, T* col_sum) {                                   \
     WITH_OPTIONS(maxima, t.s, t.stride, begin, end, t.c, t.a, m, row_max, col_max);                                   \
     for (std::int64_t j = 0; j < t.a; ++j) {                                                                          \
-      col_max[j] = finite(col_max[j]);                                                                                \
+      col_max[j] = or_zero(col_max[j]);                                                                                \
       col_sum[j] = 0;                                                                                                 \
     }                                                                                                                 \
     WITH_OPTIONS(sums, t.s, t.stride, begin, end, t.c, t.a, m, row_max, row_sum, col_max, col_sum);                   \
