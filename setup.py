@@ -33,7 +33,11 @@ EXTRAS = {
     "faiss-cpu": ["faiss-cpu>=1.10"],  # top-k search
     "gpu": ["faiss-gpu>=1.15", "flash-attn>=2.8"],  # the same on GPUs (instead of faiss-cpu); attention without padding
     "hf": ["datasets>=4.0"],  # sources of format hf
-    "st": ["sentence-transformers>=5.0"],  # checks exported models
+    "st": [
+        "sentence-transformers>=6.0",  # its losses' drop-ins; checks exported models
+        "accelerate>=1.0",  # its trainer, and transformers' own
+        "datasets>=4.0",  # what its trainer reads
+    ],
     "mteb": ["mteb>=2.0"],  # public benchmarks
     "track": ["trackio>=0.5"],  # run tracking
     "lora": ["peft>=0.17"],  # adapters
@@ -42,6 +46,8 @@ EXTRAS = {
         "pytest-timeout>=2.3",  # a hanging rank fails a test instead of the whole run
         "pytest-benchmark>=5.1",  # bench/
         "pytrec-eval-terrier>=0.5.6",  # the oracle of the retrieval metrics
+        "hypothesis>=6.100",  # draws the loss's options
+        "gradcache>=0.0.1",  # its cache step runs our loss in a test
         "ruff>=0.12",
     ],
 }

@@ -4,6 +4,7 @@ One spawn per world size runs all cases (starting processes costs more than they
 """
 
 import datetime
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from hbt_fast.loss import InfoNCELoss, info_nce, info_nce_with_grad, negative_variance, tiles
+from hbt_fast.loss.ranks import Ranks
 
 QUERIES, PASSAGES, WIDTH, OWN = (5, 3, 4, 2), (6, 3, 7, 2), 6, 2  # rows per rank
 BACKENDS = ("torch", "cpu") if tiles.compiled() else ("torch", "torch-chunked")
@@ -121,6 +123,20 @@ def variance(b, positives, group=None):
     return {"loss": loss.detach(), "q": q.grad, "p": p.grad}
 
 
+def overlap(rank, world, group):
+    """A late rank: which passages are there when the own ones are, and that all are in the end."""
+    ranks = Ranks(group, rank, tuple(QUERIES[:world]), tuple(PASSAGES[:world]))
+    late = world - 1
+    if rank == late:
+        time.sleep(1)
+    p = torch.full((PASSAGES[rank], 2), float(rank))
+    gathering = ranks.start_gathering(p, torch.float64, lambda x: x + 1)
+    own = gathering.wait(ranks.own_passages).clone()
+    still_coming = [block.start for block, *_ in gathering.coming]
+    came = {block.start: work.is_completed() for block, _, work in gathering.coming}
+    return own, still_coming, came, gathering.wait(slice(0, sum(PASSAGES[:world]))).clone(), gathering.coming
+
+
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
@@ -134,6 +150,7 @@ def worker(rank, world, folder):
                     results[dtype, backend, case] = compute(b, case, backend, None, group)
             results[dtype, "variance", None] = variance(b, None, group)
             results[dtype, "variance", "positives"] = variance(b, b["positives"], group)
+        results["overlap"] = overlap(rank, world, group)
         b = {k: shard(k, x, rank) for k, x in whole_batch(world, torch.float64).items()}
         results["mistakes"] = mistakes(b, rank, group)
         for backend in BACKENDS:
@@ -197,6 +214,20 @@ def test_parameters_under_ddp_learnable_scale_included(ranks, backend):
         for name, parameter in model.named_parameters():
             tolerance = 1e-6 if name == "loss.log_scale" else 1e-10  # that parameter is fp32
             torch.testing.assert_close(r["ddp", backend][name], parameter.grad, rtol=tolerance, atol=1e-13)
+
+
+def test_own_passages_are_worked_on_while_those_of_a_late_rank_are_coming(ranks):
+    world = len(ranks)
+    late_start = sum(PASSAGES[: world - 1])
+    for rank, r in enumerate(ranks):
+        own, still_coming, came, everything, coming = r["overlap"]
+        assert torch.equal(own, torch.full((PASSAGES[rank], 2), rank + 1.0, dtype=torch.float64))
+        assert len(still_coming) == world - 1
+        if rank < world - 1:
+            assert not came[late_start]
+        expected = torch.arange(1.0, world + 1).repeat_interleave(torch.tensor(PASSAGES[:world]))
+        assert torch.equal(everything[:, 0], expected.double())
+        assert coming == []
 
 
 def test_a_mistake_on_one_rank_raises_on_all(ranks):

@@ -119,9 +119,10 @@ class Gathering:
             own = r == ranks.rank
             received = p.detach() if own else p.new_empty(block.stop - block.start, p.shape[1])
             work = dist.broadcast(received, group_src=r, group=ranks.group, async_op=True)
-            self.coming.append((block, received, work))
-            if own:  # need not be waited for
-                self.passages[block] = finish(received.to(dtype))
+            if own:  # there at once; its sending is waited for when all others have come
+                self.passages[block], self.sending = finish(received.to(dtype)), (work, received)
+            else:
+                self.coming.append((block, received, work))
 
     def wait(self, columns: slice) -> Tensor:
         """The passages of these columns, all there."""
@@ -132,6 +133,8 @@ class Gathering:
                 self.passages[block] = self.finish(received.to(self.passages.dtype))
             else:
                 still.append((block, received, work))
+        if self.coming and not still:
+            self.sending[0].wait()
         self.coming = still
         return self.passages[columns]
 
