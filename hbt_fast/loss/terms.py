@@ -26,7 +26,14 @@ NEGATIVE_INFINITY = float("-inf")
 
 def positive_logits(problem: Problem) -> Tensor:
     """(N,) logits of the positives, as row dots: kept apart from the matrix, so that no rounding of it reaches them."""
-    return problem.scale * (problem.q_ND * problem.positives_ND).sum(1)
+    return problem.scale * row_dots(problem.q_ND, problem.positives_ND)
+
+
+def row_dots(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """(N,) dot products of rows. As a batched product where that cannot be TF32: it makes no (N, D) temporary."""
+    if a_ND.device.type == "cpu":
+        return (a_ND[:, None] @ b_ND[:, :, None]).flatten()
+    return (a_ND * b_ND).sum(1)
 
 
 @dataclass(frozen=True, slots=True)

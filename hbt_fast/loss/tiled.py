@@ -37,6 +37,7 @@ from hbt_fast.loss.terms import (
     log_sum,
     margin_of,
     positive_logits,
+    row_dots,
     term_loss,
     term_slope,
 )
@@ -177,7 +178,7 @@ def tiled_losses(
         down_NK = (problem.scale * factor_N)[:, None] * (own_NK - finite_maximum(rows_N.maximum)[:, None]).exp()
         dq_ND += (down_NK[:, None] @ problem.own_NKD)[:, 0]
         down_NKD = down_NK[:, :, None] * problem.q_ND[:, None]
-    dscale = (problem.q_ND * dq_ND).sum(1).sum() / problem.scale
+    dscale = row_dots(problem.q_ND, dq_ND).sum() / problem.scale
     return loss_N, Gradients(dq_ND, dp_MD, dscale, down_NKD)
 
 
@@ -231,7 +232,7 @@ def _blocks(problem: Problem, count: int) -> Iterator[slice]:
 def _logits(problem: Problem, row_F: Tensor, passage_F: Tensor) -> Tensor:
     logit_F = problem.q_ND.new_empty(row_F.shape[0])
     for block in _blocks(problem, row_F.shape[0]):
-        logit_F[block] = (problem.q_ND[row_F[block]] * problem.p_MD[passage_F[block]]).sum(1)
+        logit_F[block] = row_dots(problem.q_ND[row_F[block]], problem.p_MD[passage_F[block]])
     return logit_F.mul_(problem.scale)
 
 
