@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbt_fast.loss import info_nce, info_nce_with_grad, planner, tiles
+from hbt_fast.loss.panels import Statistics
 
 built = pytest.mark.skipif(tiles.compiled() is None, reason="csrc/ was not built here")
 TILED = ["torch-chunked", pytest.param("cpu", marks=built)]
@@ -129,3 +130,13 @@ def test_non_contiguous_inputs(backend):
     for symmetric in (False, True):
         a = info_nce_with_grad(*strided, symmetric=symmetric, backend=backend)
         assert_same(a, info_nce_with_grad(*args, symmetric=symmetric, backend=backend), 1e-12)
+
+
+@built
+def test_the_compiled_exp_is_right_to_the_last_bit_or_two():
+    x = torch.linspace(-86.9, 0, 2**16).view(256, 256)
+    e, keys = x.clone(), torch.zeros(256, dtype=torch.int32)
+    no_options = (None,) * 8
+    row = Statistics(torch.zeros(256), torch.ones(256))
+    tiles.compiled().gradient(e, row, torch.ones(256), None, None, (keys, keys + 1, *no_options))
+    assert (e.double() / x.double().exp() - 1).abs().max() < 1e-7
