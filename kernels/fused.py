@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from hbt_fast.kernels.checks import check_coefficients, check_operands, check_scalar, matrix_like
 from hbt_fast.kernels.epilogue import (
     Coefficients,
@@ -30,7 +32,6 @@ from hbt_fast.kernels.epilogue import (
 )
 from hbt_fast.kernels.negatives import Negatives, keep_row_negatives
 from hbt_fast.kernels.tiles import Tile, architecture, launch_options, on_device_of, tile_for
-from torch import Tensor
 
 ESTIMATE_SHARE = 32  # one in so many column tiles is looked at for the first offsets
 REPAIR_PROGRAMS = 32  # per row tile

@@ -15,6 +15,7 @@ import os
 import kernels_reference as reference
 import pytest
 import torch
+
 from hbt_fast.kernels import NEVER, Coefficients, epilogue, fused, sweep
 from hbt_fast.kernels.tiles import Tile
 

@@ -16,10 +16,11 @@ import kernels_reference as reference
 import pytest
 import torch
 import triton
-from hbt_fast.kernels import Coefficients, fused, sweep
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from hbt_fast.kernels import Coefficients, fused, sweep
 
 if not isinstance(fused._gradient_kernel, JITFunction):
     pytest.skip("TRITON_INTERPRET is set: nothing compiles", allow_module_level=True)
