@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,27 +48,50 @@ def add_line(request):
     """`add_line(**columns)`: a line of the table, for what is not timed against a floor."""
 
     def add(**columns):
-        request.config.stash[LINES].append({"benchmark": request.node.name} | columns)
+        request.config.stash[LINES].append({"benchmark": request.node.name.removeprefix("test_")} | columns)
 
     return add
+
+
+@pytest.fixture
+def once(benchmark, add_line):
+    """`once(function, work, passes)`: one call without a floor, for what takes long; returns the extra bytes."""
+
+    def run(function, work, passes):
+        times = []
+
+        def timed():
+            start = time.perf_counter()
+            results = function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+            return results
+
+        extra = extra_memory(lambda: benchmark.pedantic(timed, rounds=1))
+        if times and not benchmark.disabled:
+            figures = {"median ms": f"{1e3 * times[0]:,.0f}", "GFLOP/s": f"{work / times[0] / 1e9:,.0f}"}
+            add_line(**figures, passes=passes, **{"extra MiB": in_mib(extra)})
+        return extra
+
+    return run
 
 
 @pytest.fixture
 def against_floor(benchmark, add_line):
     """`against_floor(function, floor, floor_name)`: time both by turns and note function / floor.
 
-    With `work`, the operations that must be done, the rate and the extra memory are noted besides. `warm` says that the
-    function was called before, with these arguments.
+    With `work`, the operations that must be done, the rate and the extra memory are noted besides.
     """
 
-    def run(function, floor, floor_name, *, rounds=5, work=None, passes=None, warm=False):
+    def run(function, floor, floor_name, *, rounds=5, work=None, passes=None):
         if benchmark.disabled:  # --benchmark-disable: does it run at all
             function()
             return
         floor()  # also makes the library take its buffers, before memory is measured
-        if not warm:
+        if work is None:
             function()
-        extra = None if work is None else extra_memory(function)
+        extra = None if work is None else extra_memory(function)  # a call too, so it is warm now
         floors, times = [], []
 
         def timed():
@@ -160,11 +184,12 @@ def pytest_terminal_summary(terminalreporter, config):
         marks = "|---" + "|---:" * (len(COLUMNS) - 1) + "|"
         table = [f"| {' | '.join(row)} |" for row in map(aligned, rows)]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        left_out = sorted(
-            {f"- {r.nodeid.rpartition('::')[2]}: {reason_of(r)}" for r in terminalreporter.getreports("skipped")}
-            | {f"- {r.nodeid.rpartition('::')[2]}: failed" for r in terminalreporter.getreports("failed")}
+        reasons = Counter(map(reason_of, terminalreporter.getreports("skipped")))
+        left_out = [f"- {reason}: {count} benchmarks" for reason, count in sorted(reasons.items())]
+        left_out += [f"- failed: {r.nodeid.rpartition('::')[2]}" for r in terminalreporter.getreports("failed")]
+        text = [hardware(), "", table[0], marks, *table[1:]] + (
+            ["", "Not measured:", "", *left_out] if left_out else []
         )
-        text = [hardware(), "", table[0], marks, *table[1:]] + (["", "Not measured:", "", *left_out] if left_out else [])
         Path(path).write_text("\n".join(text) + "\n", encoding="utf-8")
         terminalreporter.write_line(f"written to {path}")
 
