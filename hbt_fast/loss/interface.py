@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from hbt_fast.loss.arguments import Options, computation_dtype
 from hbt_fast.loss.dense import dense_losses
 from hbt_fast.loss.planner import backend_for
-from hbt_fast.loss.problem import meet_ranks, prepare
+from hbt_fast.loss.problem import as_tensor, meet_ranks, prepare
 from hbt_fast.loss.ranks import Ranks
 from hbt_fast.loss.tiled import tiled_info_nce
 from hbt_fast.loss.traced import traced_info_nce
@@ -100,14 +100,18 @@ def info_nce(
         compute_dtype, workspace_bytes, backend,
     )  # fmt: skip
     if torch.compiler.is_compiling() and backend != "torch":
-        return traced_info_nce(queries, passages, _as_tensor(scale), own_negatives, o)
+        return traced_info_nce(queries, passages, as_tensor(scale, queries.device), own_negatives, o)
     ranks = meet_ranks(queries, passages, scale, own_negatives, o)
     with torch.autocast(queries.device.type, enabled=False):
         backend, _ = backend_for(o.backend, queries.device, computation_dtype(queries, passages, own_negatives))
         if backend == "torch":
             return _dense(queries, passages, scale, own_negatives, o, ranks)
         return _Tiled.apply(
-            *(queries, passages, _as_tensor(scale), own_negatives), o, ranks, backend, torch.is_grad_enabled()
+            *(queries, passages, as_tensor(scale, queries.device), own_negatives),
+            o,
+            ranks,
+            backend,
+            torch.is_grad_enabled(),
         )
 
 
@@ -150,7 +154,7 @@ def info_nce_with_grad(
     tensors = [x.detach() if isinstance(x, Tensor) else x for x in (queries, passages, scale, own_negatives)]
     ranks = meet_ranks(*tensors, o)
     queries, passages, scale, own_negatives = tensors
-    scale = _as_tensor(scale)
+    scale = as_tensor(scale, queries.device)
     with torch.autocast(queries.device.type, enabled=False):
         backend, _ = backend_for(o.backend, queries.device, computation_dtype(queries, passages, own_negatives))
         if backend == "torch":
@@ -168,11 +172,6 @@ def info_nce_with_grad(
     if own_negatives is not None:
         result.own_negatives = gradients[3]
     return result
-
-
-def _as_tensor(scale: float | Tensor) -> Tensor:
-    """A float scale in float64: it is cast to the precision of the computation later, and that may be float64."""
-    return scale if isinstance(scale, Tensor) else torch.tensor(float(scale), dtype=torch.float64)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -125,8 +125,8 @@ def explain(
 
 def default_workspace(device: torch.device) -> int:
     """An eighth of the free memory, within bounds. It decides what is kept, and not a bit of the result."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return LARGEST_WORKSPACE  # a plan for another machine
+    if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
+        return LARGEST_WORKSPACE  # a plan for another machine, or in a graph, where nothing is asked
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

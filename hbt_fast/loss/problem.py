@@ -172,7 +172,7 @@ def prepare(
         passages_MD=passages_MD,
         gathering=gathering,
         own_NKD=None if own_negatives is None else rounded(own_negatives.to(dtype), o.compute_dtype),
-        scale=ranks.shared_scale(torch.as_tensor(scale, dtype=dtype, device=device)),
+        scale=ranks.shared_scale(as_tensor(scale, device).to(device, dtype)),
         positives_N=positives_N,
         positive_rows=positive_rows,
         positives_A=positives_A,
@@ -190,6 +190,11 @@ def prepare(
         workspace_bytes=o.workspace_bytes,
         ranks=ranks,
     )
+
+
+def as_tensor(scale: float | Tensor, device: torch.device) -> Tensor:
+    """A number as 0-d float64, written where it is needed: a copy from the host cannot be captured in a CUDA graph."""
+    return scale if isinstance(scale, Tensor) else torch.full((), float(scale), dtype=torch.float64, device=device)
 
 
 def operand_dtype(queries: Tensor, passages: Tensor, compute_dtype: str | None) -> torch.dtype:
