@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hbt_fast.encoder import Encoder
+from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.train import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -52,6 +53,12 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert after["mul"] != before["mul"]
     assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
     assert Encoder.from_pretrained(run / "model").encode(["x"], "Query: ").shape == (1, 32)
+
+
+def test_one_set_of_texts_gives_one_tokenizer():
+    texts = [f"{a} {b} {a * b} zwölf часов" for a in range(60) for b in range(40)]
+    made = {train_tokenizer(iter(texts), 500).backend_tokenizer.to_str() for _ in range(3)}
+    assert len(made) == 1
 
 
 def cut_short(checkpoint: Path) -> None:
