@@ -5,23 +5,29 @@ python -m hbt_fast.prepare --config configs/demo.yaml
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from hbt_fast.config import Config, parse
+from hbt_fast.data.build import build_source
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
-from hbt_fast.data.store import FORMAT, Role, Store, build_store, fingerprint
+from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
 from hbt_fast.encoder.model import EncoderError, load_tokenizer
 from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.engine.launch import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+BLOCK = 1 << 22  # elements of an array looked at at a time
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,30 +44,55 @@ def main(arguments: list[str] | None = None) -> None:
 def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrainedTokenizerFast]:
     """The token store of a configuration and its tokenizer, found or made; rank 0 makes it, the others wait.
 
+    Every source is a folder of its own under data.store_dir: what changes one source leaves the others as they are.
+
     Returns:
         (store, tokenizer).
 
     Raises:
-        DataError: see `read_source`.
+        DataError: see `read_source` and `build_source`; sources of one name with different weights.
     """
     if world is None or world.first:
         tokenizer = _tokenizer(config)
-        store = _store(config, tokenizer)
+        store = _store(config, tokenizer, verify=True)
     if world is not None:
         world.barrier()
         if not world.first:
             tokenizer = _tokenizer(config)
-            store = _store(config, tokenizer)
+            store = _store(config, tokenizer, verify=False)
     return store, tokenizer
 
 
-def _inputs(config: Config) -> list[object]:
-    """Everything that the rows are a function of."""
+def _groups(config: Config) -> dict[str, list[Source]]:
+    """The sources by name: those of one name are one."""
+    if not config.data.sources:
+        raise DataError("data.sources is empty; name at least one source")
+    groups: dict[str, list[Source]] = {}
+    for source in config.data.sources:
+        groups.setdefault(source_name(source), []).append(source)
+    for name, group in groups.items():
+        if len({source.weight for source in group}) > 1:
+            weights = ", ".join(str(source.weight) for source in group)
+            raise DataError(
+                f"data.sources: those named {name!r} are one source, but their weights are {weights}; write one "
+                "weight, or other names"
+            )
+    return groups
+
+
+def _inputs(config: Config, group: Iterable[Source]) -> list[object]:
+    """Everything that the rows of a group of sources are a function of."""
     data = config.data
     parts: list[object] = [FORMAT, data.languages, data.on_error]
-    for source in data.sources:
-        parts += [source, *input_files(source)]
+    for source in group:
+        parts += [replace(source, weight=None), *input_files(source)]
     return parts
+
+
+def _rows(config: Config, group: Iterable[Source], skipped: list[str]) -> Iterator[Row]:
+    languages = tuple(config.data.languages) if config.data.languages else None
+    for source in group:
+        yield from read_source(source, languages, config.data.on_error, skipped)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
@@ -69,7 +100,8 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     model = config.model
     if model.path is not None:
         return load_tokenizer(model.path)
-    name = fingerprint([*_inputs(config), model.scratch.vocabulary, model.query_prompt, model.passage_prompt])
+    prompts = model.query_prompt, model.passage_prompt
+    name = fingerprint([*_inputs(config, config.data.sources), model.scratch.vocabulary, *prompts])
     folder = Path(config.data.store_dir) / f"tokenizer-{name}"
     if not (folder / "tokenizer.json").is_file():
         print(f"training a tokenizer of {model.scratch.vocabulary:,} tokens", flush=True)
@@ -78,35 +110,55 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
 
 
 def _texts(config: Config) -> Iterator[str]:
-    for _, _, rows in _sources(config, []):
-        for row in rows:
-            yield from (config.model.query_prompt + text for text in row.queries.values())
-            yield from (config.model.passage_prompt + text for text in row.passages.values())
+    for row in _rows(config, config.data.sources, []):
+        yield from (config.model.query_prompt + text for text in row.queries.values())
+        yield from (config.model.passage_prompt + text for text in row.passages.values())
 
 
-def _sources(config: Config, skipped: list[str]) -> Iterator[tuple[str, float | None, Iterator[Row]]]:
-    languages = tuple(config.data.languages) if config.data.languages else None
-    for source in config.data.sources:
-        yield source_name(source), source.weight, read_source(source, languages, config.data.on_error, skipped)
-
-
-def _store(config: Config, tokenizer: PreTrainedTokenizerFast) -> Store:
+def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> Store:
+    """The sources' stores, found or built."""
     model = config.model
-    query, passage = (
-        Role(model.query_prompt, model.query_max_length),
-        Role(model.passage_prompt, model.passage_max_length),
-    )
-    name = fingerprint([*_inputs(config), query, passage, tokenizer.backend_tokenizer.to_str()])
-    folder = Path(config.data.store_dir) / f"store-{name}"
-    if folder.is_dir():
-        return Store.open(folder)
-    skipped: list[str] = []
-    store = build_store(folder, _sources(config, skipped), tokenizer, query, passage)
-    if skipped:
-        listing = folder / "skipped.txt"
-        listing.write_text("\n".join(skipped) + "\n", encoding="utf-8")
-        print(f"{len(skipped):,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
-    return store
+    query = Role(model.query_prompt, model.query_max_length)
+    passage = Role(model.passage_prompt, model.passage_max_length)
+    made, weights = [], []
+    for name, group in _groups(config).items():
+        parts = [name, *_inputs(config, group), query, passage, *tokenizer_parts(tokenizer)]
+        folder = Path(config.data.store_dir) / f"source-{fingerprint(parts)}"
+        if folder.is_dir():
+            made.append(SourceStore.open(folder, verify=verify))
+        else:
+            skipped: list[str] = []
+            rows = _rows(config, group, skipped)
+            made.append(build_source(folder, name, rows, tokenizer, query, passage, skipped=skipped))
+            if skipped:
+                print(
+                    f"{len(skipped):,} malformed rows left out (data.on_error: skip), listed in {folder}/skipped.txt",
+                    flush=True,
+                )
+        weights.append(group[0].weight)
+    return Store(tuple(made), tuple(weights))
+
+
+def tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> list[object]:
+    """What token ids depend on; not the truncation and padding that earlier calls left set."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core.pop("truncation", None)
+    core.pop("padding", None)
+    return [json.dumps(core), tokenizer.split_special_tokens, tokenizer.truncation_side]
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """A short hash of settings (anything with a stable repr) and of the contents of files (given as Path)."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 22):
+                    state.update(block)
+        else:
+            state.update(repr(part).encode())
+        state.update(b"\0")
+    return state.hexdigest()[:16]
 
 
 def source_name(source: Source) -> str:
@@ -116,25 +168,36 @@ def source_name(source: Source) -> str:
 
 def summary(store: Store) -> str:
     """Rows, contents, texts and tokens of a store, per source and language, as text."""
-    lengths = np.diff(store.token_offsets)
+    lengths = np.zeros(1, np.int64)  # how many texts have so many tokens
+    for source in store.sources:
+        for start in range(0, source.texts, BLOCK):
+            found = np.bincount(np.diff(source.token_offsets[start : start + BLOCK + 1]), minlength=len(lengths))
+            found[: len(lengths)] += lengths
+            lengths = found
+    texts, tokens = int(lengths.sum()), sum(len(source.tokens) for source in store.sources)
+    median = int(np.searchsorted(lengths.cumsum(), (texts + 1) // 2))
     lines = [
-        f"{store.folder}",
-        f"{store.rows:,} rows, {store.row_contents.max() + 1:,} contents, {store.texts:,} distinct texts, "
-        f"{len(store.tokens):,} tokens (median {np.median(lengths):.0f}, longest {lengths.max()} per text)",
+        f"{store.rows:,} rows, {sum(source.contents for source in store.sources):,} contents, {texts:,} texts, "
+        f"{tokens:,} tokens (median {median}, longest {len(lengths) - 1} per text)",
         "",
         f"{'source':<20} {'rows':>10}  languages (texts as query / as passage)",
     ]
-    row_of_field = np.repeat(np.arange(store.rows), np.diff(store.field_offsets))
-    source_of_field = store.row_sources[row_of_field]
-    for number, name in enumerate(store.sources):
-        counts = []
-        for n, code in enumerate(store.languages):
-            here = (source_of_field == number) & (store.field_languages == n)
-            if here.any():
-                queries, passages = (store.field_queries[here] >= 0).sum(), (store.field_passages[here] >= 0).sum()
-                counts.append(f"{code} {queries:,}/{passages:,}")
-        lines.append(f"{name:<20} {int((store.row_sources == number).sum()):>10,}  {', '.join(counts)}")
+    for source in store.sources:
+        queries, passages = (_by_language(source, fields) for fields in (source.field_queries, source.field_passages))
+        counts = sorted(zip(source.languages, queries, passages, strict=True))
+        shown = ", ".join(f"{code} {asked:,}/{answered:,}" for code, asked, answered in counts if asked or answered)
+        lines += [f"{source.name:<20} {source.rows:>10,}  {shown}", f"{'':<20} {'':>10}  {source.folder}"]
     return "\n".join(lines)
+
+
+def _by_language(source: SourceStore, fields: np.ndarray) -> list[int]:
+    """How many of a source's fields hold a text, by language number."""
+    counts = np.zeros(len(source.languages), np.int64)
+    for start in range(0, len(fields), BLOCK):
+        block = fields[start : start + BLOCK]
+        places = np.arange(start, start + len(block)) % len(source.field_languages)
+        counts += np.bincount(source.field_languages[places][block >= 0], minlength=len(counts))
+    return counts.tolist()
 
 
 if __name__ == "__main__":

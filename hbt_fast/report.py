@@ -78,8 +78,7 @@ def write_model_card(folder: Path, config: Config, store: Store, before: Results
     prompts = json.dumps(
         {"query": config.model.query_prompt, "passage": config.model.passage_prompt}, ensure_ascii=False
     )
-    rows = [int((store.row_sources == n).sum()) for n in range(len(store.sources))]
-    data = "\n".join(f"- {name}: {count:,} rows" for name, count in zip(store.sources, rows, strict=True))
+    data = "\n".join(f"- {source.name}: {source.rows:,} rows" for source in store.sources)
     results = "No evaluation was run."
     if after is not None:
         table = comparison(before, after) if before is not None else after.to_markdown().partition("\n")[2].strip()

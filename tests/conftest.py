@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hbt_fast.data.build import build_source
 from hbt_fast.data.rows import Row
-from hbt_fast.data.store import Role, build_store
+from hbt_fast.data.store import Role, Store
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch, train_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -38,6 +39,15 @@ def parallel_rows(count: int, *, languages=LANGUAGES, questions: int = 2) -> lis
     return rows
 
 
+def build_store(folder: Path, sources, tokenizer, query: Role, passage: Role, **options) -> Store:
+    """A store of made-up sources: (name, sampling weight or None, rows) of each."""
+    made = [
+        build_source(folder / f"source-{name}", name, rows, tokenizer, query, passage, progress=False, **options)
+        for name, _, rows in sources
+    ]
+    return Store(tuple(made), tuple(weight for _, weight, _ in sources))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data, where there is one."""
@@ -55,14 +65,14 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def store(tokenizer, tmp_path_factory):
-    """150 contents with two questions each in three languages, and a monolingual source of 60."""
+    """Two sources: 150 contents with two questions each in three languages, and monolingual pairs of 60."""
     folder = tmp_path_factory.mktemp("store") / "store"
     mono = [
         Row({"en": f"ask {i}"}, {"en": f"say {i} {'so ' * (i % 7)}"}, {"en": (f"no {i}", f"never {i}")})
         for i in range(60)
     ]
     sources = [("parallel", None, parallel_rows(150)), ("plain", None, mono)]
-    return build_store(folder, sources, tokenizer, Role("Query: ", 24), Role("Passage: ", 24), progress=False)
+    return build_store(folder, sources, tokenizer, Role("Query: ", 24), Role("Passage: ", 24))
 
 
 @pytest.fixture
