@@ -1,4 +1,4 @@
-"""Building a token store: rows stream in, arrays grow on disk, and what a killed run has written is gone on from.
+"""Building the token store of a source: rows stream in, arrays grow on disk, an interrupted run is gone on from.
 
 A source is built in `FOLDER.partial`, which is renamed when whole. Every few seconds all its files are synced and one
 line of journal.jsonl says how far they are; a new start cuts the files back to the journal's last line and passes over
@@ -9,29 +9,29 @@ the number of processes change a byte of it.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
-from hbt_fast.data.contents import label_contents
-from hbt_fast.data.growing import GrowingArray, GrowingPeriodic, GrowingSpans
+from hbt_fast.data.draft import KEYS, Draft, sync_folder, write_whole
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.data.store import ARRAYS, FORMAT, Role, SourceStore
-from hbt_fast.data.tokenise import ChunkEncoder, PlainRow, RowError
+from hbt_fast.data.store import FORMAT, Role, SourceStore
+from hbt_fast.data.tokenise import ChunkEncoder, PlainRow, RowError, mark
+from hbt_fast.data.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 JOURNAL_SECONDS = 10.0  # between lines of the journal: the most work that a kill can lose
+ALONE = 8  # so many chunks are tokenised here before processes are started
 
 
 def build_source(
@@ -49,143 +49,147 @@ def build_source(
 ) -> SourceStore:
     """Tokenise the rows of one source and write its store; one that is there is opened instead.
 
+    Of several processes that build one folder at once, one does and the others wait for it.
+
     Args:
-        folder: where the store goes. Its name must be that of everything that goes in: an interrupted build goes on.
+        folder: where the store goes. Name it after all that goes in: what an interrupted build left is gone on from.
         name: of the source.
-        rows: the same ones in the same order each time. They are read once, and held a chunk at a time.
+        rows: the same ones in the same order each time. They are held a few chunks at a time.
         tokenizer: a fast Hugging Face tokenizer; its special tokens are added.
         query: prompt and length limit of queries.
         passage: of passages.
-        workers: processes that tokenise; None takes one per core, 0 works in this process and its threads.
+        workers: processes that tokenise a large source; None takes one per core, 0 works in this process's threads.
         progress: show a progress bar on stderr.
-        chunk_rows: rows tokenised at a time.
+        chunk_rows: rows tokenised at a time; a text is stored once per role and chunk.
         skipped: what the reader of the rows left out, once it is through; written to skipped.txt beside the arrays.
 
     Raises:
-        DataError: no rows, a row without query or passage, a text without any token.
+        DataError: no rows, a row without query or passage, a text without any token, a damaged draft.
     """
     folder = Path(folder)
     with _alone(folder) as work:
         if work is not None:
-            roles = (query.prompt, query.max_length), (passage.prompt, passage.max_length)
-            encode = _encoder(tokenizer, roles)
-            parts = _Parts(work)
-            stream = iter(rows)
-            while chunk := [_plain(row) for row in islice(stream, chunk_rows)]:
-                try:
-                    parts.add(encode(chunk))
-                except RowError as error:
-                    raise DataError(str(error)) from None
-            if not parts.rows:
-                raise DataError(f"source {name!r} gave no rows; check its path and data.languages, or remove it")
-            if skipped:
-                (work / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
-            parts.finish(name)
-            work.rename(folder)
+            if not (work / "source.json").exists():
+                roles = (query.prompt, query.max_length), (passage.prompt, passage.max_length)
+                setup = tokenizer.backend_tokenizer.to_str(), tokenizer_options(tokenizer), roles
+                with closing(Draft(work, _identity(name, chunk_rows, setup))) as draft:
+                    if not draft.complete:
+                        _fill(draft, name, rows, setup, workers, progress, chunk_rows, skipped)
+                    draft.finish(name)
+            _publish(work, folder)
     return SourceStore.open(folder)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[Path | None]:
-    work = folder.with_name(folder.name + ".partial")
-    if (folder / "source.json").is_file():
-        yield None
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    yield work
+def tokenizer_options(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What token ids depend on besides the tokenizer's JSON; see ChunkEncoder."""
+    return {"split_special_tokens": tokenizer.split_special_tokens, "truncation_side": tokenizer.truncation_side}
+
+
+def _identity(name: str, chunk_rows: int, setup: tuple) -> str:
+    """Names what, besides the rows, goes into a draft."""
+    return xxhash.xxh3_64_hexdigest(repr((FORMAT, name, chunk_rows, setup)).encode())
+
+
+def _fill(
+    draft: Draft,
+    name: str,
+    rows: Iterable[Row],
+    setup: tuple,
+    workers: int | None,
+    progress: bool,
+    chunk_rows: int,
+    skipped: list[str] | None,
+) -> None:
+    """Add the rows that a draft does not have yet."""
+    from tqdm import tqdm
+
+    stream = iter(rows)
+    with tqdm(desc=f"tokenising {name}", unit=" rows", unit_scale=True, disable=not progress) as bar:
+        _pass_over(draft, stream, name)
+        bar.update(draft.rows)
+        noted = time.monotonic()
+        chunks = iter(lambda: [_plain(row) for row in islice(stream, chunk_rows)], [])
+        with closing(_encoded(chunks, setup, workers)) as encoded:
+            for chunk in encoded:
+                draft.add(chunk)
+                bar.update(len(chunk["field_counts"]))
+                if time.monotonic() - noted >= JOURNAL_SECONDS:
+                    draft.note()
+                    noted = time.monotonic()
+    if not draft.rows:
+        raise DataError(f"source {name!r} gave no rows; check its path and data.languages, or remove it")
+    if skipped:
+        write_whole(draft.folder / "skipped.txt", "\n".join(skipped) + "\n")
+    draft.note(complete=True)
+
+
+def _pass_over(draft: Draft, stream: Iterator[Row], name: str) -> None:
+    """Read the rows that are in already, and see that the last of them is the one it was."""
+    last = None
+    for row in islice(stream, draft.rows):
+        last = row
+    if draft.rows and (last is None or mark(_plain(last)) != draft.tail):
+        raise DataError(
+            f"source {name!r} does not give the rows that it gave to an interrupted run; delete {draft.folder} and "
+            "prepare the data again"
+        )
+
+
+def _encoded(chunks: Iterator[list[PlainRow]], setup: tuple, workers: int | None) -> Iterator[dict[str, Any]]:
+    """The arrays of the chunks, in order; made in this process at first, in others if there are many."""
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    try:
+        encode = ChunkEncoder(*setup)
+        for chunk in islice(chunks, ALONE) if workers else chunks:
+            yield encode(chunk)
+        del encode
+        for chunk in chunks:  # there is at least one more
+            with closing(Workers(workers, setup).map(chain([chunk], chunks))) as encoded:
+                yield from encoded
+    except RowError as error:
+        raise DataError(str(error)) from None
 
 
 def _plain(row: Row) -> PlainRow:
     return row.queries, row.passages, row.negatives, row.content, row.where
 
 
-def _encoder(tokenizer: PreTrainedTokenizerFast, roles: tuple[tuple[str, int], ...]) -> ChunkEncoder:
-    options = {"split_special_tokens": tokenizer.split_special_tokens, "truncation_side": tokenizer.truncation_side}
-    return ChunkEncoder(tokenizer.backend_tokenizer.to_str(), options, roles)
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path | None]:
+    """The folder in which to build, for one process at a time; None once `folder` is there.
+
+    The lock is a file in the folder of the build. Who gets it looks whether that folder still is where it was, or was
+    renamed by who had the lock before.
+    """
+    work = folder.with_name(folder.name + ".partial")
+    while not folder.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(work / "lock", "a")  # noqa: SIM115 - closed below
+        except FileNotFoundError:  # renamed just now
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process builds {folder}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                still_there = os.path.samestat(os.stat(work / "lock"), os.fstat(lock.fileno()))
+            except FileNotFoundError:
+                continue
+            if still_there and folder.exists():  # made anew above, after the folder was renamed
+                shutil.rmtree(work)
+            elif still_there:
+                yield work
+                return
+    yield None
 
 
-class _Parts:
-    """The arrays of a source that is being built."""
-
-    def __init__(self, work: Path) -> None:
-        self.work, self.rows, self.languages = work, 0, {}
-        self.arrays: dict[str, Any] = {}
-        spans = ("token_offsets", "character_offsets", "field_offsets", "negative_offsets")
-        for name, dtype in ARRAYS.items():
-            path = work / f"{name}.npy"
-            if name in ("field_offsets", "negative_offsets"):
-                self.arrays[name] = GrowingSpans(path)
-            elif name in ("field_languages", "field_mono"):
-                self.arrays[name] = GrowingPeriodic(path, dtype)
-            else:
-                self.arrays[name] = GrowingArray(path, dtype)
-        for name in ("token_offsets", "character_offsets"):
-            self.arrays[name].append(np.zeros(1, np.int64))
-        self.counts: dict[str, np.ndarray] = {}
-        self.keys = GrowingArray(work / "keys.npy", np.uint64)
-        self.key_nodes = GrowingArray(work / "key_nodes.npy", np.int64)
-
-    def add(self, chunk: dict[str, Any]) -> None:
-        arrays = self.arrays
-        number = [self.languages.setdefault(code, len(self.languages)) for code in chunk["languages"]]
-        numbers = np.array(number, np.int32)
-        texts, negatives = arrays["token_hashes"].length, arrays["negative_texts"].length
-        first = int(chunk["field_counts"][0])
-        for name in ("token", "character"):
-            arrays[f"{name}_offsets"].append(arrays[f"{name}s"].length + chunk[f"{name}_counts"].cumsum())
-            arrays[f"{name}s"].append(chunk[f"{name}s"])
-        arrays["token_hashes"].append(chunk["token_hashes"])
-        arrays["field_offsets"].append(chunk["field_counts"])
-        arrays["negative_offsets"].append(chunk["negative_counts"])
-        arrays["field_languages"].append(numbers[chunk["field_languages"]], first)
-        arrays["field_mono"].append(chunk["field_mono"], first)
-        arrays["negative_languages"].append(numbers[chunk["negative_languages"]])
-        for name in ("field_queries", "field_passages", "negative_texts"):
-            arrays[name].append(np.where(chunk[name] < 0, -1, chunk[name] + texts))
-        for what, found in _counts(chunk, numbers, len(self.languages)).items():
-            found[: len(self.counts.get(what, ()))] += self.counts.get(what, 0)
-            self.counts[what] = found
-        self.keys.append(chunk["keys"])
-        self.key_nodes.append(chunk["key_rows"] + self.rows)
-        self.keys.append(chunk["negative_keys"])
-        self.key_nodes.append(-1 - negatives - np.arange(len(chunk["negative_keys"])))
-        self.rows += len(chunk["field_counts"])
-
-    def finish(self, name: str) -> None:
-        arrays = self.arrays
-        self.keys.finish()
-        self.key_nodes.finish()
-        keys, nodes = (np.load(self.work / f"{n}.npy", mmap_mode="r") for n in ("keys", "key_nodes"))
-        contents = label_contents(
-            keys,
-            nodes,
-            self.rows,
-            arrays["negative_texts"].length,
-            self.work / "contents",
-            arrays["row_contents"].append,
-            arrays["negative_contents"].append,
-        )
-        meta = {
-            "format": FORMAT,
-            "name": name,
-            "languages": list(self.languages),
-            "rows": self.rows,
-            "contents": contents,
-            "counts": {what: found.tolist() for what, found in self.counts.items()},
-            "arrays": {name: array.finish() for name, array in arrays.items()},
-        }
-        (self.work / "keys.npy").unlink()
-        (self.work / "key_nodes.npy").unlink()
-        (self.work / "source.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
-def _counts(chunk: dict[str, Any], numbers: np.ndarray, languages: int) -> dict[str, np.ndarray]:
-    """In how many rows of a chunk something is there; see SourceStore.counts."""
-    languages_of_fields, mono = numbers[chunk["field_languages"]], chunk["field_mono"]
-    there = {"queries": chunk["field_queries"] >= 0, "passages": chunk["field_passages"] >= 0, "mono": mono}
-    starts = chunk["field_counts"].cumsum() - chunk["field_counts"]
-    return {what: np.bincount(languages_of_fields[mask], minlength=languages) for what, mask in there.items()} | {
-        "cross": np.array([(chunk["field_counts"] > 1).sum()]),
-        "any_mono": np.array([np.logical_or.reduceat(mono, starts).sum()]),
-    }
+def _publish(work: Path, folder: Path) -> None:
+    """Give a whole store its name."""
+    for name in ("journal.jsonl", *(f"{key}.npy" for key in KEYS)):
+        (work / name).unlink(missing_ok=True)
+    work.rename(folder)
+    sync_folder(folder.parent)
+    (folder / "lock").unlink()

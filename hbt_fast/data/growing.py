@@ -29,7 +29,7 @@ class GrowingArray:
 
     def __init__(self, path: Path, dtype: np.dtype | type) -> None:
         self.path, self.dtype, self.length, self.sum = path, np.dtype(dtype), 0, xxhash.xxh3_64()
-        self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by finish
+        self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by close
         self.file.seek(0)
         self.file.write(bytes(HEADER))
 
@@ -70,22 +70,25 @@ class GrowingArray:
         os.fsync(self.file.fileno())
 
     def finish(self) -> dict[str, Any]:
-        """Write the header and close; returns the state."""
+        """Write the header; returns the state."""
         words = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': ({self.length},), }}"
         self.file.seek(0)
         self.file.write(b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little"))
         self.file.write(words.ljust(HEADER - 11).encode() + b"\n")
         self.sync()
-        self.file.close()
         return self.state()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.file.close()
 
 
 class GrowingSpans:
     """The offsets of a span array; one number as long as all rows have the same count."""
 
-    def __init__(self, path: Path) -> None:
-        self.array, self.rows, self.each = GrowingArray(path, np.int64), 0, 0
-        self.total = 0
+    def __init__(self, path: Path, dtype: type) -> None:
+        self.array = GrowingArray(path, dtype)
+        self.rows = self.each = self.total = 0
 
     def append(self, counts: np.ndarray) -> None:
         """Add rows by their counts: (rows,) int64."""
@@ -120,6 +123,10 @@ class GrowingSpans:
         if not self.array.length:
             self.array.append(np.array([self.each]))
         return self.array.finish()
+
+    def close(self) -> None:
+        """As of GrowingArray."""
+        self.array.close()
 
 
 class GrowingPeriodic:
@@ -164,3 +171,7 @@ class GrowingPeriodic:
         if not self.array.length:
             self.array.append(self.period)
         return self.array.finish()
+
+    def close(self) -> None:
+        """As of GrowingArray."""
+        self.array.close()

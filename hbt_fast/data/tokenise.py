@@ -33,6 +33,11 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def mark(row: PlainRow) -> str:
+    """A hash by which a row is known again."""
+    return xxhash.xxh3_64_hexdigest(repr(row).encode("utf-8", "surrogatepass"))
+
+
 class ChunkEncoder:
     """Turns chunks of rows into arrays.
 
@@ -57,25 +62,32 @@ class ChunkEncoder:
             rows: (queries, passages, negatives, content, where) of each row.
 
         Returns:
-            languages: list of codes; field_counts, negative_counts: (rows,) int64; token_counts, character_counts:
-            (texts,) int64; keys: uint64, with the row of each in key_rows: what makes rows one content; negative_keys:
-            (negatives,) uint64; the rest is described in `hbt_fast.data.store`.
+            languages: list of codes; tail: the mark of the last row; field_counts, negative_counts: (rows,) int64;
+            token_counts, character_counts: (texts,) int64; keys: uint64, with the row of each in key_rows: what makes
+            rows one content; negative_keys: (negatives,) uint64; the rest is described in `hbt_fast.data.store`.
 
         Raises:
-            RowError: a row without query or passage, or a text without any token.
+            RowError: a row without query or passage, a text without any token or with half of a surrogate pair.
         """
+        try:
+            return self._arrays(rows)
+        except UnicodeEncodeError as error:
+            where = _place(error.object, rows)
+            raise RowError(f"{where}: the text {error.object[:60]!r} holds half of a surrogate pair; mend it") from None
+
+    def _arrays(self, rows: Sequence[PlainRow]) -> dict[str, Any]:
         texts: tuple[dict[str, int], dict[str, int]] = ({}, {})  # of each role -> number
         languages: dict[str, int] = {}
         text_keys: dict[str, int] = {}  # passage text -> key
         fields: tuple[list[int], list[int], list[int], list[bool]] = ([], [], [], [])
         negatives: tuple[list[int], list[int], list[int]] = ([], [], [])
         field_counts, negative_counts, keys, key_rows = [], [], [], []
-        count = 0
+        raw: list[bytes] = []  # the texts in UTF-8, in the order of their numbers
 
         def number(role: int, text: str) -> int:
-            nonlocal count
-            found = texts[role].setdefault(text, count)
-            count += found == count
+            found = texts[role].setdefault(text, len(raw))
+            if found == len(raw):
+                raw.append(text.encode())
             return found
 
         def key(text: str) -> int:
@@ -98,7 +110,7 @@ class ChunkEncoder:
             field_counts.append(len(codes))
             mine = dict.fromkeys(map(key, passages.values()))
             if content is not None:
-                mine[xxhash.xxh3_64_intdigest(content.encode(), CONTENT_KEY)] = None
+                mine[xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"), CONTENT_KEY)] = None
             keys.extend(mine)
             key_rows.extend([index] * len(mine))
             before = len(negatives[0])
@@ -109,17 +121,16 @@ class ChunkEncoder:
                     negatives[2].append(key(text))
             negative_counts.append(len(negatives[0]) - before)
 
+        count = len(raw)
         ids = self._encode(texts, count, rows)
         token_counts = np.fromiter(map(len, ids), np.int64, count)
         tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(token_counts.sum()))
         in_bytes = memoryview(tokens).cast("B")
         ends = [0, *(4 * token_counts.cumsum()).tolist()]
         hashes = (xxhash.xxh3_64_intdigest(in_bytes[a:b]) for a, b in pairwise(ends))
-        raw = [b""] * count
-        for text, n in chain(texts[0].items(), texts[1].items()):
-            raw[n] = text.encode()
         return {
             "languages": list(languages),
+            "tail": mark(rows[-1]),
             "tokens": tokens,
             "token_counts": token_counts,
             "token_hashes": np.fromiter(hashes, np.uint64, count),

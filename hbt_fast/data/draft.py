@@ -1,0 +1,176 @@
+"""A source that is being built: its arrays as they grow, and the journal that says how far they are on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hbt_fast.data.contents import label_contents
+from hbt_fast.data.growing import GrowingArray, GrowingPeriodic, GrowingSpans
+from hbt_fast.data.store import ARRAYS, FORMAT
+
+SPANS, PERIODIC = ("field_offsets", "negative_offsets"), ("field_languages", "field_mono")
+KEYS = {"keys": np.uint64, "key_nodes": np.int64}  # what label_contents takes; no part of the store
+
+
+class Draft:
+    """The growing arrays in a folder; what an interrupted run left there is taken up.
+
+    Args:
+        folder: where they are.
+        identity: names what goes in; a draft of another identity is begun anew.
+
+    Attributes:
+        rows: how many are in.
+        tail: the mark of the last of them.
+        complete: whether they are all.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+        self.arrays: dict[str, GrowingArray | GrowingSpans | GrowingPeriodic] = {}
+        for name, dtype in {**ARRAYS, **KEYS}.items():
+            kind = GrowingSpans if name in SPANS else GrowingPeriodic if name in PERIODIC else GrowingArray
+            self.arrays[name] = kind(folder / f"{name}.npy", dtype)
+        self.journal = open(folder / "journal.jsonl", "a+b")  # noqa: SIM115 - closed by close
+        last = self._last_line()
+        self.rows, self.tail, self.complete = last.get("rows", 0), last.get("tail", ""), last.get("complete", False)
+        self.languages: dict[str, int] = {code: n for n, code in enumerate(last.get("languages", ()))}
+        self.counts = {what: np.array(found, np.int64) for what, found in last.get("counts", {}).items()}
+        for name, array in self.arrays.items():
+            array.restore(last.get("arrays", {}).get(name))
+        if not last:
+            for name in ("token_offsets", "character_offsets"):
+                self.arrays[name].append(np.zeros(1, np.int64))
+
+    def _last_line(self) -> dict[str, Any]:
+        """The journal's last whole line, if it is of this identity; what follows it is cut off."""
+        self.journal.seek(0)
+        last, end = {}, 0
+        for line in self.journal:
+            try:
+                found = json.loads(line) if line.endswith(b"\n") else {}
+            except ValueError:  # torn, and so is all that follows
+                break
+            if found.get("identity") != self.identity:
+                break
+            last, end = found, end + len(line)
+        self.journal.truncate(end)
+        return last
+
+    def add(self, chunk: dict[str, Any]) -> None:
+        """Append the arrays that ChunkEncoder made of a chunk of rows."""
+        arrays = self.arrays
+        numbers = np.array([self.languages.setdefault(c, len(self.languages)) for c in chunk["languages"]], np.int32)
+        texts, negatives = arrays["token_hashes"].length, arrays["negative_texts"].length
+        of_first = int(chunk["field_counts"][0])
+        for kind in ("token", "character"):
+            before = arrays[f"{kind}s"].length
+            arrays[f"{kind}_offsets"].append(before + chunk[f"{kind}_counts"].cumsum())
+            arrays[f"{kind}s"].append(chunk[f"{kind}s"])
+        arrays["token_hashes"].append(chunk["token_hashes"])
+        arrays["field_offsets"].append(chunk["field_counts"])
+        arrays["field_languages"].append(numbers[chunk["field_languages"]], of_first)
+        arrays["field_mono"].append(chunk["field_mono"], of_first)
+        arrays["negative_offsets"].append(chunk["negative_counts"])
+        arrays["negative_languages"].append(numbers[chunk["negative_languages"]])
+        for name in ("field_queries", "field_passages", "negative_texts"):
+            arrays[name].append(np.where(chunk[name] < 0, -1, texts + chunk[name]))
+        arrays["keys"].append(chunk["keys"])
+        arrays["key_nodes"].append(self.rows + chunk["key_rows"])
+        arrays["keys"].append(chunk["negative_keys"])
+        arrays["key_nodes"].append(-1 - negatives - np.arange(len(chunk["negative_keys"])))
+        for what, found in _counts(chunk, numbers, len(self.languages)).items():
+            before = self.counts.get(what, np.zeros(0, np.int64))
+            found[: len(before)] += before
+            self.counts[what] = found
+        self.rows, self.tail = self.rows + len(chunk["field_counts"]), chunk["tail"]
+
+    def note(self, complete: bool = False) -> None:
+        """Sync everything and write a line of the journal: from here on a kill loses nothing of what is in.
+
+        Args:
+            complete: there are no more rows.
+        """
+        for array in self.arrays.values():
+            array.sync()
+        sync_folder(self.folder)
+        self.complete = complete
+        line = {
+            "identity": self.identity,
+            "rows": self.rows,
+            "tail": self.tail,
+            "complete": complete,
+            "languages": list(self.languages),
+            "counts": {what: found.tolist() for what, found in self.counts.items()},
+            "arrays": {name: array.state() for name, array in self.arrays.items()},
+        }
+        self.journal.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.journal.flush()
+        os.fsync(self.journal.fileno())
+
+    def finish(self, name: str) -> None:
+        """Number the contents, write the .npy headers and source.json: after it the store is whole."""
+        for key in KEYS:
+            self.arrays[key].finish()
+        keys, nodes = (np.load(self.folder / f"{key}.npy", mmap_mode="r") for key in KEYS)
+        contents = label_contents(
+            keys,
+            nodes,
+            self.rows,
+            self.arrays["negative_texts"].length,
+            self.folder / "contents",
+            self.arrays["row_contents"].append,
+            self.arrays["negative_contents"].append,
+        )
+        meta = {
+            "format": FORMAT,
+            "name": name,
+            "languages": list(self.languages),
+            "rows": self.rows,
+            "contents": contents,
+            "counts": {what: found.tolist() for what, found in self.counts.items()},
+            "arrays": {array: self.arrays[array].finish() for array in ARRAYS},
+        }
+        write_whole(self.folder / "source.json", json.dumps(meta, ensure_ascii=False, indent=1))
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for array in self.arrays.values():
+            array.close()
+        self.journal.close()
+
+
+def _counts(chunk: dict[str, Any], numbers: np.ndarray, languages: int) -> dict[str, np.ndarray]:
+    """In how many rows of a chunk something is there; see SourceStore.counts."""
+    field_languages, mono = numbers[chunk["field_languages"]], chunk["field_mono"]
+    there = {"queries": chunk["field_queries"] >= 0, "passages": chunk["field_passages"] >= 0, "mono": mono}
+    starts = chunk["field_counts"].cumsum() - chunk["field_counts"]
+    return {what: np.bincount(field_languages[mask], minlength=languages) for what, mask in there.items()} | {
+        "cross": np.array([(chunk["field_counts"] > 1).sum()]),
+        "any_mono": np.array([np.logical_or.reduceat(mono, starts).sum()]),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there with all its text or not at all."""
+    begun = path.with_name(path.name + ".begun")
+    with open(begun, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    begun.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep the names of a folder's files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
