@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hbt_fast.data.shares import BatchConfig
 from hbt_fast.data.sources import Source
 from hbt_fast.encoder.scratch import ScratchConfig
 
@@ -59,27 +60,6 @@ class DataConfig:
     languages: list[str] | None = None
     on_error: Literal["raise", "skip"] = "raise"
     store_dir: str = "runs/stores"
-
-
-@dataclass(frozen=True)
-class BatchConfig:
-    """How global batches are made.
-
-    Args:
-        size: pairs per batch, all ranks together.
-        strategy: mono, mixed-mono, cross or hybrid (arXiv 2408.10536).
-        alpha: share of monolingual batches of the hybrid strategy.
-        language_gamma: languages of monolingual batches are drawn with weight size ** gamma; 0 draws them equally.
-        source_gamma: the same for sources without a weight of their own.
-        hard_negatives: hard negatives per pair at most, where the data has them.
-    """
-
-    size: int = 128
-    strategy: Literal["mono", "mixed-mono", "cross", "hybrid"] = "hybrid"
-    alpha: float = 0.5
-    language_gamma: float = 0.0
-    source_gamma: float = 0.5
-    hard_negatives: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,26 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import synthetic
+from conftest import build_store
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from hbt_fast.data.draws import KroneckerSchedule, floor_sum, key_of, permute
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.data.store import Role, build_store
+from hbt_fast.data.shares import BatchConfig
+from hbt_fast.data.sources import Source, read_source
+from hbt_fast.data.store import Role
 
 STRATEGIES = ["mono", "mixed-mono", "cross", "hybrid"]
 
 
-def planner(store, size=16, **options):
-    return BatchPlanner(store, size, **options)
+def planner(store, size=16, seed=0, **settings):
+    return BatchPlanner(store, BatchConfig(size, **settings), seed=seed)
+
+
+def made(folder, tokenizer, *sources):
+    return build_store(folder, [(name, None, rows) for name, rows in sources], tokenizer, Role("", 9), Role("", 9))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -25,13 +34,55 @@ def test_no_content_repeats_in_a_global_batch(store, strategy):
         assert len(set(contents.tolist())) == len(contents)
 
 
-def test_equal_passage_texts_are_one_content_across_sources_and_questions(tokenizer, tmp_path):
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_the_data_the_guarantees_hold(data):
+    """Random rows, contents, languages and hard negatives: what a plan promises, read back from the arrays."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, languages = int(rng.integers(1, 60)), ["de", "en", "fr", "sw"][: rng.integers(1, 5)]
+    has = rng.random((rows, len(languages))) < rng.uniform(0.4, 1.1)
+    has[np.arange(rows), rng.integers(0, len(languages), rows)] = True
+    contents = np.unique(rng.integers(0, rows, rows), return_inverse=True)[1] if rng.random() < 0.7 else None
+    negatives = [
+        [tuple(map(int, rng.integers(0, (len(languages), 40, 2 * rows)))) for _ in range(rng.integers(0, 6))]
+        for _ in range(rows)
+    ]
+    negatives = [[(code, text, text + rows // 2) for code, text, _ in entries] for entries in negatives]
+    source = synthetic.source(rows, languages, has=has, contents=contents, negatives=negatives)
+    batch = BatchConfig(
+        int(rng.integers(1, 9)), strategy=data.draw(st.sampled_from(STRATEGIES)),
+        hard_negatives=int(rng.integers(0, 4)), cross_pairs=data.draw(st.sampled_from(["mixed", "one"])),
+    )  # fmt: skip
+    try:
+        plans = BatchPlanner(synthetic.store(source), batch, seed=int(rng.integers(100)))
+    except DataError:
+        return  # too little data for the batch, which other tests are about
+    epochs = {}
+    for step in range(60):
+        plan, number = plans.plan(step), plans.stratum(step)
+        assert len(set(plan.contents.tolist())) == batch.size
+        assert plan.contents.tolist() == (plan.rows if contents is None else contents[plan.rows]).tolist()
+        assert has[plan.rows, plan.query_languages].all()
+        assert has[plan.rows, plan.passage_languages].all()
+        every = [*plan.contents.tolist(), *plan.negative_contents.tolist()]
+        assert len(set(every)) == len(every)
+        for i in range(batch.size):
+            own = [n for n in negatives[plan.rows[i]] if n[0] == plan.passage_languages[i]]
+            mine = plan.negatives[plan.negative_rows == i].tolist()
+            assert len(mine) <= batch.hard_negatives
+            assert set(mine) <= {text for _, text, _ in own}
+            if len(mine) < batch.hard_negatives:  # all others would have repeated a content
+                assert {content for _, _, content in own} <= set(every)
+        per_epoch = plans.strata[number[0]].contents // batch.size
+        epochs.setdefault((number[0], number[1] // per_epoch), []).extend(plan.contents.tolist())
+    assert all(len(set(seen)) == len(seen) for seen in epochs.values())
+
+
+def test_equal_passage_texts_are_one_content_across_questions_and_translations(tokenizer, tmp_path):
     rows = [Row({"en": f"q{i}"}, {"en": "The  SAME text"}) for i in range(3)]
-    other = [Row({"en": f"r{i}"}, {"en": "the same TEXT" if i == 0 else f"text {i}"}) for i in range(3)]
-    translated = [Row({"fr": "s"}, {"fr": "le même", "en": "the same text"})]
-    sources = [("a", None, rows), ("b", None, other), ("c", None, translated)]
-    made = build_store(tmp_path / "s", sources, tokenizer, Role("", 9), Role("", 9), progress=False)
-    contents = made.row_contents.tolist()
+    rows += [Row({"en": f"r{i}"}, {"en": "the same TEXT" if i == 0 else f"text {i}"}) for i in range(3)]
+    rows += [Row({"fr": "s"}, {"fr": "le même", "en": "the same text"})]
+    contents = made(tmp_path / "s", tokenizer, ("a", rows)).sources[0].row_contents.tolist()
     assert len({contents[i] for i in (0, 1, 2, 3, 6)}) == 1
     assert len(set(contents)) == 3
 
@@ -39,17 +90,15 @@ def test_equal_passage_texts_are_one_content_across_sources_and_questions(tokeni
 def test_rows_of_one_content_id_are_one_content_whatever_their_texts(tokenizer, tmp_path):
     rows = [Row({"en": f"q {i}"}, {"en": f"text {i}"}, content=f"c{i // 2}") for i in range(40)]
     rows += [Row({"de": f"f {i}"}, {"de": f"wort {i}"}, content=f"c{i}") for i in range(20)]
-    sources = [("a", None, rows), ("b", None, rows[:1])]  # another source's "c0" is another content, but for its text
-    store = build_store(tmp_path / "s", sources, tokenizer, Role("", 9), Role("", 9), progress=False)
-    assert len(set(store.row_contents[:60].tolist())) == 20
-    assert store.row_contents[0] == store.row_contents[1] == store.row_contents[40] == store.row_contents[60]
+    contents = made(tmp_path / "s", tokenizer, ("a", rows)).sources[0].row_contents
+    assert contents.tolist() == [i // 2 for i in range(40)] + list(range(20))
 
 
 @pytest.mark.parametrize("strategy", ["mono", "cross"])
 def test_an_epoch_has_each_content_once_and_the_next_one_other_questions(store, strategy):
     plans = planner(store, size=10, strategy=strategy)
     number = next(n for n, s in enumerate(plans.strata) if s.contents == 150)
-    steps = [t for t in range(2000) if plans.schedule.stratum(t) == number][:30]
+    steps = [t for t in range(2000) if plans.stratum(t)[0] == number][:30]
     first = [plans.plan(t) for t in steps[:15]]
     second = [plans.plan(t) for t in steps[15:]]
     row_of = []
@@ -62,8 +111,9 @@ def test_an_epoch_has_each_content_once_and_the_next_one_other_questions(store, 
 
 def test_kinds_say_what_the_languages_are(store):
     for strategy in STRATEGIES:
+        plans = planner(store, strategy=strategy)
         for step in range(30):
-            plan = planner(store, strategy=strategy).plan(step)
+            plan = plans.plan(step)
             same = plan.query_languages == plan.passage_languages
             if plan.kind == "cross":
                 assert not same.any()
@@ -71,19 +121,20 @@ def test_kinds_say_what_the_languages_are(store):
                 assert same.all()
             if plan.kind == "mono":
                 assert len(set(plan.query_languages.tolist())) == 1
-            if plan.kind == "mixed-mono" and plan.source == "parallel":
+            if plan.kind == "mixed-mono" and store.sources[plan.source].name == "parallel":
                 assert len(set(plan.query_languages.tolist())) > 1
             assert plan.kind == strategy or strategy == "hybrid"
 
 
 def test_texts_are_those_of_the_row_in_the_language(store):
     plan = planner(store, strategy="cross").plan(3)
-    for row, lq, lp, q, p in zip(
-        plan.rows, plan.query_languages, plan.passage_languages, plan.queries, plan.passages, strict=True
-    ):
-        fields = range(store.field_offsets[row], store.field_offsets[row + 1])
-        assert q in [store.field_queries[f] for f in fields if store.field_languages[f] == lq]
-        assert p in [store.field_passages[f] for f in fields if store.field_languages[f] == lp]
+    source = store.sources[plan.source]
+    for i, row in enumerate(plan.rows):
+        asked, answered = (store.languages[n[i]] for n in (plan.query_languages, plan.passage_languages))
+        question, passage = source.text(plan.queries[i]), source.text(plan.passages[i])
+        assert question.startswith(f"{asked} which ")
+        assert question.split()[-2] == passage.split()[5] == str(row // 2)
+        assert passage.startswith(f"{answered} the ")
 
 
 def test_a_plan_is_a_function_of_seed_and_step(store):
@@ -92,14 +143,7 @@ def test_a_plan_is_a_function_of_seed_and_step(store):
     two = {t: backwards.plan(t).queries.tolist() for t in reversed(range(40))}
     assert one == two
     assert one[7] != planner(store, seed=6).plan(7).queries.tolist()
-
-
-def test_ranks_share_the_batch_out_whatever_their_number(store):
-    plan = planner(store, size=17, hard_negatives=2, strategy="mono").plan(0)
-    for world in (1, 2, 3, 5):
-        shards = [plan.shard(rank, world) for rank in range(world)]
-        assert np.concatenate([plan.rows[s] for s, _ in shards]).tolist() == plan.rows.tolist()
-        assert sorted(np.concatenate([n for _, n in shards]).tolist()) == list(range(len(plan.negatives)))
+    assert one[7] == planner(store, seed=5).plan(7).queries.tolist()  # where a resumed run begins
 
 
 def test_hybrid_has_its_share_of_monolingual_batches_and_languages_come_equally(store):
@@ -112,12 +156,34 @@ def test_hybrid_has_its_share_of_monolingual_batches_and_languages_come_equally(
 
 def test_hard_negatives_are_the_rows_own_and_differ(store):
     plans = planner(store, strategy="mono", hard_negatives=2, source_gamma=1.0)
-    plan = next(p for p in map(plans.plan, range(100)) if p.source == "plain")
+    plan = next(p for p in map(plans.plan, range(100)) if store.sources[p.source].name == "plain")
+    source = store.sources[plan.source]
     for i, row in enumerate(plan.rows):
-        mine = plan.negatives[plan.negative_rows == i].tolist()
-        own = store.negative_texts[store.negative_offsets[row] : store.negative_offsets[row + 1]].tolist()
-        assert sorted(mine) == sorted(own)
-    assert not set(plan.negative_contents.tolist()) & set(plan.contents.tolist())
+        mine = [source.text(t) for t in plan.negatives[plan.negative_rows == i]]
+        assert sorted(mine) == [f"never {row}", f"no {row}"]
+
+
+def test_hard_negatives_are_drawn_anew_each_time():
+    negatives = [[(0, 10 * row + k, 1000 + 10 * row + k) for k in range(5)] for row in range(20)]
+    source = synthetic.source(20, ["en"], negatives=negatives)
+    plans = planner(synthetic.store(source), size=20, strategy="mono", hard_negatives=1)
+    seen = np.zeros(5, int)
+    for step in range(500):
+        seen += np.bincount(plans.plan(step).negatives % 10, minlength=5)
+    assert np.abs(seen - 2000).max() < 200  # 5 standard deviations
+
+
+def test_a_hard_negative_that_is_some_rows_positive_is_swapped_for_another():
+    # the first candidate of row r is the positive of row r + 1, the second is everyone's
+    negatives = [[(0, 100 + row, (row + 1) % 20), (0, 99, 99), (0, 200 + row, 200 + row)] for row in range(20)]
+    plans = planner(synthetic.store(synthetic.source(20, ["en"], negatives=negatives)), 20, strategy="mono",
+                    hard_negatives=2)  # fmt: skip
+    for step in range(50):
+        plan = plans.plan(step)
+        assert not set(plan.negative_contents.tolist()) & set(plan.contents.tolist())
+        assert Counter(plan.negatives.tolist())[99] == 1  # and it comes once
+        assert len(plan.negatives) == 21
+        assert plan.excluded >= 19
 
 
 def test_a_batch_larger_than_a_stratum_is_refused_by_name(store):
@@ -125,49 +191,32 @@ def test_a_batch_larger_than_a_stratum_is_refused_by_name(store):
         planner(store, size=100, strategy="mono")
 
 
-def test_a_strategy_that_the_data_cannot_serve_is_refused(tokenizer, tmp_path):
-    rows = [Row({"en": f"q{i}"}, {"en": f"p{i}"}) for i in range(9)]
-    made = build_store(tmp_path / "s", [("a", None, rows)], tokenizer, Role("", 9), Role("", 9), progress=False)
-    with pytest.raises(DataError, match="different languages"):
-        planner(made, size=2, strategy="cross")
-
-
 def test_bitext_never_serves_monolingual_batches(tokenizer, tmp_path):
     rows = [Row({"en": f"x {i}", "de": f"y {i}"}, {"en": f"X  {i}", "de": f"y {i}"}) for i in range(9)]
-    made = build_store(tmp_path / "s", [("a", None, rows)], tokenizer, Role("", 9), Role("", 9), progress=False)
-    assert not made.field_mono.any()
-    assert planner(made, size=4, strategy="cross").plan(0).kind == "cross"
+    store = made(tmp_path / "s", tokenizer, ("a", rows))
+    assert not store.sources[0].field_mono.any()
+    assert planner(store, size=4, strategy="cross").plan(0).kind == "cross"
+    with pytest.raises(DataError, match="monolingual batches need"):
+        planner(store, size=4, strategy="mono")
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 4097])
-def test_the_keyed_permutation_is_one(n):
-    seen = [permute(i, n, key_of(n, 1)) for i in range(n)]
-    assert sorted(seen) == list(range(n))
-    if n >= 16:
-        assert seen != [permute(i, n, key_of(n, 2)) for i in range(n)]
-
-
-def test_positions_after_the_permutation_are_spread():
-    n = 1000
-    # each of 10 blocks of positions gets about a tenth of each block of indices (chi-squared, 81 degrees of freedom)
-    chi2 = []
-    for key in range(20):
-        table = np.zeros((10, 10))
-        for i in range(n):
-            table[i // 100, permute(i, n, key_of(key, 9)) // 100] += 1
-        chi2.append(((table - 10) ** 2 / 10).sum())
-    assert np.mean(chi2) < 100  # 81 expected, standard deviation of the mean 2.8
-
-
-def test_the_schedule_counts_its_own_visits():
-    schedule = KroneckerSchedule([0.5, 0.1, 0.0, 0.4], seed=7)
-    steps = [schedule.stratum(t) for t in range(3000)]
-    for t in (0, 1, 5, 77, 2999):
-        assert [schedule.visits(j, t) for j in range(4)] == [steps[:t].count(j) for j in range(4)]
-    assert abs(steps.count(0) - 1500) <= 4
-    assert 2 not in steps
-
-
-def test_floor_sum_is_the_sum():
-    for n, m, a, b in [(0, 5, 3, 2), (1, 1, 0, 0), (10, 7, 3, 5), (25, 4, 9, 11), (13, 100, 61, 250)]:
-        assert floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))
+def test_real_parallel_data_in_twelve_languages(shared_data, tokenizer, tmp_path):
+    """Paragraphs of a handbook, of which every language lacks some: the batches are what the files say."""
+    languages = ("ar", "de", "es", "fr", "id", "it", "ja", "nl", "pl", "ru", "tr", "zh")
+    source = Source(str(shared_data / "debian-handbook-parallel" / "paragraphs.jsonl"), bitext=True, limit=900)
+    rows = list(read_source(source, languages, on_error="skip"))
+    assert {code for row in rows for code in row.queries} == set(languages)
+    assert len({len(row.queries) for row in rows}) > 3
+    store = made(tmp_path / "s", tokenizer, ("handbook", rows))
+    plans, seen = planner(store, size=64, strategy="cross"), Counter()
+    for step in range(60):
+        plan = plans.plan(step)
+        for row, a, b, q, p in zip(
+            plan.rows, plan.query_languages, plan.passage_languages, plan.queries, plan.passages, strict=True
+        ):
+            seen[store.languages[a]] += 1
+            assert store.sources[0].text(q) == rows[row].queries[store.languages[a]]
+            assert store.sources[0].text(p) == rows[row].passages[store.languages[b]]
+            assert a != b
+        assert len({" ".join(store.sources[0].text(p).casefold().split()) for p in plan.passages}) == 64
+    assert set(seen) == set(languages)
