@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from hbt_fast.config import Config, parse
-from hbt_fast.data.build import build_source
+from hbt_fast.data.build import build_source, tokenizer_options
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
@@ -130,11 +130,9 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
             skipped: list[str] = []
             rows = _rows(config, group, skipped)
             made.append(build_source(folder, name, rows, tokenizer, query, passage, skipped=skipped))
-            if skipped:
-                print(
-                    f"{len(skipped):,} malformed rows left out (data.on_error: skip), listed in {folder}/skipped.txt",
-                    flush=True,
-                )
+            if (listing := folder / "skipped.txt").exists():  # those of an interrupted run too
+                count = listing.read_text(encoding="utf-8").count("\n")
+                print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
         weights.append(group[0].weight)
     return Store(tuple(made), tuple(weights))
 
@@ -144,7 +142,7 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> list[object]:
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core.pop("truncation", None)
     core.pop("padding", None)
-    return [json.dumps(core), tokenizer.split_special_tokens, tokenizer.truncation_side]
+    return [json.dumps(core), tokenizer_options(tokenizer)]
 
 
 def fingerprint(parts: Iterable[object]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-BLOCK = 1 << 22  # (key, node) pairs that are sorted at a time
+BLOCK = 1 << 20  # (key, node) pairs that are sorted at a time
 PAIR = np.dtype([("key", np.uint64), ("node", np.int64)])
 
 
@@ -32,7 +32,7 @@ def label_contents(
     write_rows: Callable[[np.ndarray], None],
     write_negatives: Callable[[np.ndarray], None],
     *,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> int:
     """Number the contents.
 
@@ -44,11 +44,12 @@ def label_contents(
         work: a folder for temporary files; what is in it is deleted.
         write_rows: gets the content ids of all rows, (some,) int64 at a time; nothing if row r has content r.
         write_negatives: the same of all hard negatives.
-        block: pairs that are sorted at a time.
+        block: pairs that are sorted at a time; BLOCK if not given.
 
     Returns:
         the number of contents that rows have.
     """
+    block = block or BLOCK
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     count = rows + negatives
