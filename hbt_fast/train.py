@@ -15,13 +15,12 @@ if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file_
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from hbt_fast.config import Config, parse
-from hbt_fast.data.pack import pack
-from hbt_fast.data.plan import BatchPlan, BatchPlanner
+from hbt_fast.data.feed import Feed, RankBatch, Rewrite
+from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
 from hbt_fast.encoder import Encoder, EncoderError
@@ -77,20 +76,21 @@ def train(config: Config) -> Path:
     rate = learning_rates(config.train)
     log.start(first)
     encoder.train()
-    for step in range(first, config.train.steps):
-        began = time.perf_counter()
-        plan = planner.plan(step)
-        engine.set_learning_rate(rate(step))
-        loss, accuracy, tokens = run_step(engine, plan, store, config, world)
-        norm = engine.step()
-        seconds = time.perf_counter() - began
-        log.step(step, plan, loss, accuracy, norm=norm, rate=rate(step), tokens=tokens, seconds=seconds)
-        done, every = step + 1, config.train.checkpoint_every
-        if done == config.train.steps or (every and done % every == 0):
-            state = engine.state()
-            if world.first:
-                save_checkpoint(run, done, *state, identity, config.train.keep_checkpoints)
-            world.barrier()
+    with make_feed(planner, store, config, world, first=first) as feed:
+        for step in range(first, config.train.steps):
+            began = time.perf_counter()
+            batch = next(feed)
+            engine.set_learning_rate(rate(step))
+            loss, accuracy = run_step(engine, batch, config, world)
+            norm = engine.step()
+            took = {"tokens": batch.tokens, "seconds": time.perf_counter() - began}
+            log.step(step, batch.plan, loss, accuracy, norm=norm, rate=rate(step), **took)
+            done, every = step + 1, config.train.checkpoint_every
+            if done == config.train.steps or (every and done % every == 0):
+                state = engine.state()
+                if world.first:
+                    save_checkpoint(run, done, *state, identity, config.train.keep_checkpoints)
+                world.barrier()
 
     parameters, _ = engine.state()
     if world.first:
@@ -106,16 +106,29 @@ def train(config: Config) -> Path:
 
 def make_planner(store: Store, config: Config) -> BatchPlanner:
     """The batch planner of a run."""
-    batch = config.batch
-    return BatchPlanner(
+    return BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
+
+
+def make_feed(
+    planner: BatchPlanner,
+    store: Store,
+    config: Config,
+    world: World,
+    *,
+    first: int = 0,
+    rewrite: Rewrite | None = None,
+) -> Feed:
+    """This rank's batches from step `first` to the last."""
+    return Feed(
+        planner,
         store,
-        batch.size,
-        strategy=batch.strategy,
-        alpha=batch.alpha,
-        language_gamma=batch.language_gamma,
-        source_gamma=batch.source_gamma,
-        hard_negatives=batch.hard_negatives,
-        seed=config.train.seed,
+        rank=world.rank,
+        world=world.size,
+        budget=config.train.micro_batch_tokens,
+        first=first,
+        steps=config.train.steps,
+        pin=world.device.type == "cuda",
+        rewrite=rewrite,
     )
 
 
@@ -138,14 +151,11 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerFast, world: Worl
 
 
 def run_step(
-    engine: TorchEngine | DeepSpeedEngine, plan: BatchPlan, store: Store, config: Config, world: World
-) -> tuple[float, float, int]:
-    """Accumulate the gradient of one global batch; returns its loss, in-batch accuracy and this rank's tokens."""
-    mine, negatives = plan.shard(world.rank, world.size)
-    texts = np.concatenate([plan.queries[mine], plan.passages[mine], plan.negatives[negatives]])
-    contents = np.concatenate([plan.contents[mine], plan.negative_contents[negatives]])
-    passage_ids = torch.from_numpy(contents).to(world.device)
-    n = mine.stop - mine.start
+    engine: TorchEngine | DeepSpeedEngine, batch: RankBatch, config: Config, world: World
+) -> tuple[float, float]:
+    """Accumulate the gradient of one global batch; returns its loss and in-batch accuracy."""
+    passage_ids = torch.from_numpy(batch.passage_ids).to(world.device)
+    n = len(batch.rows)
     accuracy = 0.0
 
     def loss_and_gradient(embeddings_nd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,16 +182,16 @@ def run_step(
         accuracy = in_batch_accuracy(q_Nd, p_Md, world)
         return loss, gradient_nd
 
-    micro_batches = pack(texts, store.tokens, store.token_offsets, config.train.micro_batch_tokens)
     loss = cached_backward(
         engine,
-        micro_batches,
+        batch.micro_batches,
         loss_and_gradient,
         device=world.device,
-        seed=(config.train.seed, plan.step, world.rank),
+        seed=(config.train.seed, batch.plan.step, world.rank),
+        inverse=batch.inverse,
         keep_tokens=config.train.keep_tokens,
     )
-    return float(loss), accuracy, sum(len(micro.tokens) for micro in micro_batches)
+    return float(loss), accuracy
 
 
 def in_batch_accuracy(q_Nd: torch.Tensor, p_Md: torch.Tensor, world: World) -> float:

@@ -10,11 +10,11 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from hbt_fast.config import BatchConfig, Config, LossConfig, TrainConfig
-from hbt_fast.data.store import Store
+from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch
 from hbt_fast.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hbt_fast.engine.launch import World, make_engine, start
-from hbt_fast.train import make_planner, run_step
+from hbt_fast.train import make_feed, make_planner, run_step
 
 STEPS = 4
 GRADIENT = 1e-5
@@ -48,11 +48,11 @@ def run(config: Config, store: Store, world: World, first: int = 0, last: int = 
     engine = make_engine(encoder, config.train, world)
     if restored:
         engine.restore(restored[1], first)
-    planner = make_planner(store, config)
-    for step in range(first, last):
-        engine.set_learning_rate(config.train.learning_rate * (1 - step / 10))
-        run_step(engine, planner.plan(step), store, config, world)
-        engine.step()
+    with make_feed(make_planner(store, config), store, config, world, first=first) as feed:
+        for step in range(first, last):
+            engine.set_learning_rate(config.train.learning_rate * (1 - step / 10))
+            run_step(engine, next(feed), config, world)
+            engine.step()
     return engine.state()
 
 
@@ -66,7 +66,8 @@ def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], di
     planner = make_planner(store, config)
     for step in range(STEPS):
         plan = planner.plan(step)
-        q, p = (embed_all(encoder, store, texts) for texts in (plan.queries, plan.passages))
+        source = store.sources[plan.source]
+        q, p = (embed_all(encoder, source, texts) for texts in (plan.queries, plan.passages))
         loss = torch.nn.functional.cross_entropy(q @ p.T / config.loss.temperature, torch.arange(len(q)))
         loss.backward()
         if step == 0:
@@ -79,8 +80,8 @@ def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], di
     return encoder.state_dict(), first
 
 
-def embed_all(encoder, store, texts):
-    tokens = [torch.from_numpy(store.text(t).copy()) for t in texts]
+def embed_all(encoder, source, texts):
+    tokens = [torch.from_numpy(source.text_tokens(t).copy()) for t in texts]
     cu_seqlens = torch.tensor([0, *map(len, tokens)]).cumsum(0)
     return encoder(torch.cat(tokens), cu_seqlens)
 
@@ -103,9 +104,10 @@ def update_error(result, truth, start):
     return float((off / size).sqrt())
 
 
-def worker(rank: int, world: int, folder: str, out: str, train: dict) -> None:
+def worker(rank: int, world: int, folders: list[str], out: str, train: dict) -> None:
     """A whole run, and one that is stopped halfway, written to disk and resumed."""
-    config, store, out = settings(**train), Store.open(folder), Path(out)
+    config, out = settings(**train), Path(out)
+    store = Store(tuple(map(SourceStore.open, folders)), (None,) * len(folders))
     here = start(config.train)
     first = run(settings(**train, clip=1e9), store, here, 0, 1)  # clipping would hide a factor
     whole = run(config, store, here)
@@ -128,7 +130,8 @@ def two_ranks(request, store, tmp_path_factory):
     engine = {"engine": "torch"} if request.param == "torch" else {"engine": "deepspeed", "zero_stage": request.param}
     if request.param != "torch" and shutil.which("c++") is None:
         pytest.skip("DeepSpeed compiles its CPU communication at first use, and there is no C++ compiler")
-    run_ranks(worker, 2, str(store.folder), str(out), {**engine, "keep_tokens": 200})
+    folders = [str(source.folder) for source in store.sources]
+    run_ranks(worker, 2, folders, str(out), {**engine, "keep_tokens": 200})
     return out
 
 
@@ -172,10 +175,10 @@ def test_dropout_masks_are_replayed(store):
     def gradient(keep):
         config = settings(keep_tokens=keep)
         encoder = tiny_encoder(dropout=0.3).train()
-        engine = make_engine(encoder, config.train, World(0, 1, torch.device("cpu")))
-        loss, *_ = run_step(
-            engine, make_planner(store, config).plan(1), store, config, World(0, 1, torch.device("cpu"))
-        )
+        world = World(0, 1, torch.device("cpu"))
+        engine = make_engine(encoder, config.train, world)
+        with make_feed(make_planner(store, config), store, config, world, first=1) as feed:
+            loss, _ = run_step(engine, next(feed), config, world)
         return loss, torch.cat([p.grad.flatten() for p in encoder.parameters()])
 
     (loss, whole), (same_loss, cached) = gradient(10**6), gradient(0)

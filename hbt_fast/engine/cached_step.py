@@ -4,6 +4,10 @@ Every micro-batch is embedded without a graph; the loss over all embeddings give
 micro-batch is embedded again, with a graph, and sent backward against its part of that gradient. Random states are
 replayed, so that the second embedding has the dropout masks of the first. Micro-batches whose activations fit
 `keep_tokens` keep their graph from the first pass and are not embedded twice.
+
+Equal texts are one text to the encoder: the loss sees its embedding once for each of them, and their gradients add up.
+
+Legend: n texts of this rank, m of them distinct, d dimensions.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,17 +32,19 @@ def cached_backward(
     *,
     device: torch.device,
     seed: tuple[int, ...],
+    inverse: np.ndarray | None = None,
     keep_tokens: int = 0,
 ) -> Tensor:
     """Embed the texts of a step, compute the loss and accumulate its gradient in the engine's parameters.
 
     Args:
         engine: see `hbt_fast.engine.backends`.
-        micro_batches: this rank's texts; their `index` covers 0 .. n - 1 once.
+        micro_batches: this rank's distinct texts; their `index` covers 0 .. m - 1 once.
         loss_and_gradient: takes the (n, d) embeddings of this rank, returns the loss (a 0-d tensor) and its (n, d)
             gradient, scaled so that averaging the parameters' gradients over ranks gives the gradient of the loss.
         device: where the encoder is.
         seed: names this step and rank; the dropout masks are a function of it and the micro-batch's number.
+        inverse: (n,) int64 which distinct text each text is; None: all differ, so that n = m.
         keep_tokens: padded tokens whose activations fit the memory at once.
 
     Returns:
@@ -51,32 +58,55 @@ def cached_backward(
     if engine.zero_stage == 3:  # every forward is collective there: the same number, kept alike, on each rank
         count, kept_count = _agree(count, kept_count, device)
 
+    def upload(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
     def embed(k: int) -> Tensor:
         micro = micro_batches[min(k, len(micro_batches) - 1)]
         with _random_state(device, *seed, k):
-            return engine(torch.from_numpy(micro.tokens).to(device), torch.from_numpy(micro.cu_seqlens).to(device))
+            return engine(*(upload(array) for array in (micro.tokens, micro.cu_seqlens)))
 
-    n = sum(len(micro.index) for micro in micro_batches)
-    index = [torch.from_numpy(micro.index).to(device) for micro in micro_batches]
-    embeddings_nd, kept = None, {}
+    m = sum(len(micro.index) for micro in micro_batches)
+    index = [upload(micro.index) for micro in micro_batches]
+    embeddings_md, kept = None, {}
     for k in range(count):
         with torch.set_grad_enabled(k < kept_count):
             out = embed(k)
         if k < kept_count:
             kept[k] = out
         if k < len(micro_batches):
-            if embeddings_nd is None:
-                embeddings_nd = torch.empty(n, out.shape[1], device=device)
-            embeddings_nd[index[k]] = out.detach()
+            if embeddings_md is None:
+                dtype = torch.promote_types(out.dtype, torch.float32)
+                embeddings_md = torch.empty(m, out.shape[1], dtype=dtype, device=device)
+            embeddings_md[index[k]] = out.detach()
 
-    loss, gradient_nd = loss_and_gradient(embeddings_nd)
+    if inverse is None:
+        loss, gradient_md = loss_and_gradient(embeddings_md)
+    else:
+        distinct_n = upload(inverse)
+        loss, gradient_nd = loss_and_gradient(embeddings_md[distinct_n])
+        gradient_md = add_up(gradient_nd, distinct_n, m)
     with engine.accumulate():
         for k in range(count):
             out = kept.pop(k) if k in kept else embed(k)
             # beyond its own micro-batches a rank only keeps the others company: no gradient
-            surrogate = (out * gradient_nd[index[k]]).sum() if k < len(micro_batches) else (out * 0).sum()
+            surrogate = (out * gradient_md[index[k]]).sum() if k < len(micro_batches) else (out * 0).sum()
             engine.backward(surrogate, last=k == count - 1)
     return loss
+
+
+def add_up(gradient_nd: Tensor, distinct_n: Tensor, m: int) -> Tensor:
+    """The gradient of each distinct text: (m, d) sums over those that are equal to it, the same in every run.
+
+    Args:
+        gradient_nd: of each text.
+        distinct_n: (n,) int64 which distinct text each is.
+        m: how many there are.
+    """
+    gradient_md = gradient_nd.new_zeros(m, gradient_nd.shape[1])
+    if gradient_nd.is_cuda:  # sorts the indices, where index_add_ would add in any order
+        return gradient_md.index_put_((distinct_n,), gradient_nd, accumulate=True)
+    return gradient_md.index_add_(0, distinct_n, gradient_nd)
 
 
 def _agree(count: int, kept: int, device: torch.device) -> tuple[int, int]:
