@@ -53,10 +53,11 @@ def test_every_place_of_an_epoch_is_even_over_keys(n):
     assert np.mean(np.array(p) < 0.05) < 0.25
 
 
-def test_neighbours_of_an_epoch_are_independent():
-    n, table = 1000, np.zeros((20, 20), int)
-    for k in range(60):
-        values = permuted(np.arange(n), n, key_of(3, k)) // 50
+@pytest.mark.parametrize("n", [1000, 3000, 20_000])
+def test_neighbours_of_an_epoch_are_independent(n):
+    table = np.zeros((20, 20), int)
+    for k in range(60_000 // n):
+        values = permuted(np.arange(n), n, key_of(3, k)) * 20 // n
         np.add.at(table, (values[:-1], values[1:]), 1)
     assert chisquare(table.ravel()).pvalue > EVEN
 

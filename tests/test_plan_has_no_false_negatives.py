@@ -146,6 +146,13 @@ def test_a_plan_is_a_function_of_seed_and_step(store):
     assert one[7] == planner(store, seed=5).plan(7).queries.tolist()  # where a resumed run begins
 
 
+def test_seeds_shuffle_even_where_there_is_one_stratum():
+    plans = [
+        planner(synthetic.store(synthetic.source(100, ["en"])), 50, seed, strategy="mono").plan(0) for seed in (1, 2)
+    ]
+    assert set(plans[0].rows.tolist()) != set(plans[1].rows.tolist())
+
+
 def test_hybrid_has_its_share_of_monolingual_batches_and_languages_come_equally(store):
     plans = planner(store, strategy="hybrid", alpha=0.3, source_gamma=0.0)
     kinds = Counter(plans.plan(t).kind for t in range(1000))

@@ -1,8 +1,9 @@
 """Counter-based randomness: every draw is a function of (seed, position), so that any rank can compute any step alone.
 
-`permute` is the keyed permutation of an epoch: an eight-round Feistel network on the bits that n needs, split into
-halves that may differ by one, with cycle-walking for the indices beyond n (Black & Rogaway, "Ciphers with arbitrary
-finite domains", 2002). It needs no array of n numbers. `KroneckerSchedule` decides which stratum a step belongs to.
+`permute` is the keyed permutation of an epoch: a Feistel network on the bits that n needs, split into halves that may
+differ by one, of six rounds (sixteen below 2**11, where six do not mix evenly), with cycle-walking for the indices
+beyond n (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002). It needs no array of n numbers.
+`KroneckerSchedule` decides which stratum a step belongs to.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def permute(index: np.int64, n: np.int64, key: np.uint64) -> np.int64:
     x = np.uint64(index)
     while True:
         left, right = x >> half, x & low
-        for round_ in range(4):
+        for round_ in range(3 if bits > 11 else 8):
             left ^= mix(key + np.uint64(2 * round_) * ODD ^ right) & high
             right ^= mix(key + np.uint64(2 * round_ + 1) * ODD ^ left) & low
         x = (left << half) | right

@@ -242,39 +242,54 @@ def _draw(
         begins[i], ends[i] = span(fields.offsets, out_rows[i])
         out_contents[i] = fields.contents[out_rows[i]] if len(fields.contents) else out_rows[i]
     for i in range(size):
-        q, p = _pair(fields, wanted, weights, begins[i], ends[i], epoch_key)
+        queries[i], passages[i] = _propose(fields, wanted, begins[i], ends[i], epoch_key, 0)
+    if wanted.query_language == ANY:
+        for i in range(size):  # brings into the cache what the next loop looks at
+            query_languages[i] = fields.queries[queries[i]] ^ fields.passages[passages[i]]
+        for i in range(size):
+            counter = 0
+            while not _accept(fields, wanted, weights, queries[i], passages[i], begins[i], epoch_key, counter):
+                counter += 2
+                queries[i], passages[i] = _propose(fields, wanted, begins[i], ends[i], epoch_key, counter)
+    for i in range(size):
+        q, p = queries[i], passages[i]
         query_languages[i] = of_field(fields.languages, q, begins[i])
         passage_languages[i] = of_field(fields.languages, p, begins[i])
-        queries[i], passages[i] = q, p
-    for i in range(size):
-        queries[i], passages[i] = fields.queries[queries[i]], fields.passages[passages[i]]
+        queries[i], passages[i] = fields.queries[q], fields.passages[p]
     return out_rows, out_contents, query_languages, passage_languages, queries, passages
 
 
-@njit(cache=True, nogil=True)
-def _pair(fields: Fields, wanted: Wanted, weights: np.ndarray, begin: int, end: int, key: np.uint64) -> tuple[int, int]:
-    """The fields that give the query and passage of the row with fields begin:end. It has a pair that fits."""
-    languages, q, p = fields.languages, begin, begin
-    if wanted.query_language != ANY:  # the languages are given
+@njit(cache=True, nogil=True, forceinline=True)
+def _propose(fields: Fields, wanted: Wanted, begin: int, end: int, key: np.uint64, counter: int) -> tuple[int, int]:
+    """Two fields, for the query and the passage, of the row with fields begin:end."""
+    q = p = begin
+    if wanted.query_language != ANY:  # the languages are given, and the row has them
         for f in range(begin, end):
-            q = f if of_field(languages, f, begin) == wanted.query_language else q
-            p = f if of_field(languages, f, begin) == wanted.passage_language else p
+            language = of_field(fields.languages, f, begin)
+            q = f if language == wanted.query_language else q
+            p = f if language == wanted.passage_language else p
         return q, p
-    counter = begin * 4096
-    while True:  # draw fields until they fit the kind, then accept them by their weight
-        counter += 2
-        word = draw(key, counter)
-        q = p = begin + scale(word >> np.uint64(32), end - begin)
-        if wanted.kind == CROSS:  # one of the other fields
-            p = begin + scale(word & np.uint64(0xFFFFFFFF), end - begin - 1)
-            p += p >= q
-        if fits(fields, wanted, q, p, begin):
-            if not len(weights):
-                return q, p
-            weight = weights[of_field(languages, q, begin)]
-            weight *= weights[of_field(languages, p, begin)] if p != q else 1.0
-            if (draw(key, counter + 1) >> np.uint64(11)) * 2.0**-53 < weight:
-                return q, p
+    word = draw(key, begin * 4096 + counter)
+    q = p = begin + scale(word >> np.uint64(32), end - begin)
+    if wanted.kind == CROSS:  # one of the other fields
+        p = begin + scale(word & np.uint64(0xFFFFFFFF), end - begin - 1)
+        p += p >= q
+    return q, p
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _accept(
+    fields: Fields, wanted: Wanted, weights: np.ndarray, q: int, p: int, begin: int, key: np.uint64, counter: int
+) -> bool:
+    """Whether fields that were proposed fit the kind, and are let through by their languages' weights."""
+    if not fits(fields, wanted, q, p, begin):
+        return False
+    if not len(weights):
+        return True
+    weight = weights[of_field(fields.languages, q, begin)]
+    if p != q:
+        weight *= weights[of_field(fields.languages, p, begin)]
+    return (draw(key, begin * 4096 + counter + 1) >> np.uint64(11)) * 2.0**-53 < weight
 
 
 @njit(cache=True, nogil=True)

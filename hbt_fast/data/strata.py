@@ -158,7 +158,7 @@ def of_field(values: np.ndarray, field: int, begin: int) -> int:
     return values[field] if field < len(values) else values[min(field - begin, len(values) - 1)]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def fits(fields: Fields, wanted: Wanted, q: int, p: int, begin: int) -> bool:
     """Whether the query of field q and the passage of field p, of a row whose fields begin at `begin`, are wanted."""
     kind, a, b, used = wanted
