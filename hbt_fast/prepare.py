@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from hbt_fast.config import Config, parse
+from hbt_fast.config import Config, ModelConfig, parse
 from hbt_fast.data.build import build_source, tokenizer_options
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
@@ -117,9 +117,7 @@ def _texts(config: Config) -> Iterator[str]:
 
 def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> Store:
     """The sources' stores, found or built."""
-    model = config.model
-    query = Role(model.query_prompt, model.query_max_length)
-    passage = Role(model.passage_prompt, model.passage_max_length)
+    query, passage = roles(config.model)
     made, weights = [], []
     for name, group in _groups(config).items():
         parts = [name, *_inputs(config, group), query, passage, *tokenizer_parts(tokenizer)]
@@ -135,6 +133,11 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
                 print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
         weights.append(group[0].weight)
     return Store(tuple(made), tuple(weights))
+
+
+def roles(model: ModelConfig) -> tuple[Role, Role]:
+    """How queries and passages are written."""
+    return Role(model.query_prompt, model.query_max_length), Role(model.passage_prompt, model.passage_max_length)
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> list[object]:

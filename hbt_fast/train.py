@@ -23,6 +23,7 @@ from hbt_fast.data.feed import Feed, RankBatch, Rewrite
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
+from hbt_fast.data.switching import Switching
 from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.encoder.export import export
 from hbt_fast.encoder.scratch import encoder_from_scratch
@@ -33,7 +34,7 @@ from hbt_fast.engine.launch import World, make_engine, start
 from hbt_fast.engine.runlog import AFTER, RunLog
 from hbt_fast.engine.schedule import learning_rates
 from hbt_fast.loss import info_nce_with_grad, negative_variance
-from hbt_fast.prepare import prepare
+from hbt_fast.prepare import prepare, roles
 from hbt_fast.report import before_and_after, evaluate_before, evaluate_model, write_model_card
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def train(config: Config) -> Path:
 
     store, tokenizer = prepare(config, world)
     planner = make_planner(store, config)
+    rewrite = make_rewrite(store, tokenizer, config, log)
     encoder = make_encoder(config, tokenizer, world)
     identity = {**planner.identity, "steps": config.train.steps}
     first, parameters, moments = 0, None, None
@@ -74,16 +76,17 @@ def train(config: Config) -> Path:
         engine.restore(moments, first)
 
     rate = learning_rates(config.train)
-    log.start(first)
+    log.start(first, planner)
     encoder.train()
-    with make_feed(planner, store, config, world, first=first) as feed:
+    with make_feed(planner, store, config, world, first=first, rewrite=rewrite) as feed:
         for step in range(first, config.train.steps):
             began = time.perf_counter()
             batch = next(feed)
+            waited = time.perf_counter() - began
             engine.set_learning_rate(rate(step))
             loss, accuracy = run_step(engine, batch, config, world)
             norm = engine.step()
-            took = {"tokens": batch.tokens, "seconds": time.perf_counter() - began}
+            took = {"tokens": batch.tokens, "seconds": time.perf_counter() - began, "waited": waited}
             log.step(step, batch.plan, loss, accuracy, norm=norm, rate=rate(step), **took)
             done, every = step + 1, config.train.checkpoint_every
             if done == config.train.steps or (every and done % every == 0):
@@ -107,6 +110,17 @@ def train(config: Config) -> Path:
 def make_planner(store: Store, config: Config) -> BatchPlanner:
     """The batch planner of a run."""
     return BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
+
+
+def make_rewrite(store: Store, tokenizer: PreTrainedTokenizerFast, config: Config, log: RunLog) -> Rewrite | None:
+    """What replaces words of the batches' texts, where code-switching is on."""
+    if not config.batch.code_switch.lexicons and config.batch.strategy != "code-switched":
+        return None
+    switching = Switching(config.batch.code_switch, store, tokenizer, *roles(config.model), seed=config.train.seed)
+    if switching.unswitched:
+        codes = ", ".join(switching.unswitched)
+        log.say(f"code switching: the lexicons have no word of {codes}; texts in these languages stay as they are")
+    return switching
 
 
 def make_feed(

@@ -37,7 +37,8 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_everything_it_promises(finished):
     run = finished / "run"
     for name in (
-        "config.yaml", "metrics.jsonl", "loss.png", "evaluation.json", "evaluation.md", "evaluation.png", "tensorboard",
+        "config.yaml", "metrics.jsonl", "loss.png", "language-pairs.png",
+        "evaluation.json", "evaluation.md", "evaluation.png", "tensorboard",
         "checkpoint-000004", "checkpoint-000008", "model/README.md", "model/modules.json", "model/model.safetensors",
     ):  # fmt: skip
         assert (run / name).exists(), name
@@ -45,6 +46,11 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert [r["step"] for r in records if "step" in r] == list(range(8))
     assert [r["evaluation"] for r in records if "evaluation" in r] == ["before training", "after training"]
     assert {r["kind"] for r in records if "step" in r} == {"mono", "cross"}
+    drawn = [r for r in records if "drawn_until" in r]
+    assert [r["drawn_until"] for r in drawn] == [4, 8]
+    assert sum(drawn[-1]["pairs"].values()) == 8 * 24
+    assert sum(drawn[-1]["batches"].values()) == 8
+    assert all(0 <= r["waited"] <= r["seconds"] for r in records if "step" in r)
     card = (run / "model" / "README.md").read_text()
     for words in ("hybrid batches", "cldr: 400 rows", "rank distance", '"query": "Query: "'):
         assert words in card
@@ -83,8 +89,19 @@ def test_a_run_that_stopped_halfway_goes_on_to_the_same_end(finished, tmp_path, 
         whole, resumed = load_file(finished / "run" / name), load_file(tmp_path / "run" / name)
         assert whole.keys() == resumed.keys()
         assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
-    steps = [json.loads(line).get("step") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [s for s in steps if s is not None] == list(range(8))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "step" in r] == list(range(8))
+    whole = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r for r in records if "drawn_until" in r] == [r for r in whole if "drawn_until" in r]
+
+
+def test_code_switched_batches_train(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "en_de.tsv").write_text("in\tin der\nof\tvon\nday\tTag\nyear\tJahr\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    main([*SMALL, "batch.strategy=code-switched", "batch.code_switch.lexicons=[en_de.tsv]", "train.steps=4",
+          "eval.task=none", f"data.store_dir={finished / 'stores'}"])  # fmt: skip
+    assert "no word of zh; texts in these languages stay as they are" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +110,7 @@ def test_a_run_that_stopped_halfway_goes_on_to_the_same_end(finished, tmp_path, 
         (["train.resume=true", "batch.alpha=0.4"], "of a run with other settings: alpha was 0.5, is 0.4"),
         (["train.run_dir=other", "eval.task=xquad-r"], "eval.data is not set"),
         (["train.run_dir=other", "train.engine=torch", "train.zero_stage=1"], "needs train.engine deepspeed"),
+        (["train.run_dir=other", "batch.strategy=code-switched"], "batch.code_switch.lexicons names no dictionary"),
         (["train.run_dir=other", "batch.size=5000"], "fewer different contents than that: mono"),
         (["train.run_dir=other", "model.path=/nowhere"], "no such folder"),
     ],
@@ -129,7 +147,7 @@ def test_a_changed_input_builds_another_store_and_an_unchanged_one_does_not(fini
     for text in ("one", "two", "one"):
         path.write_text(json.dumps({"query": "q", "passage": text, "language": "en"}))
         source = f"data.sources=[{{path: {path}, name: own}}]"
-        stores.append(prepare(parse("test", "", [*SMALL, "model.path=run/model", source]))[0].folder.name)
+        stores.append(prepare(parse("test", "", [*SMALL, "model.path=run/model", source]))[0].name)
     assert stores[0] == stores[2] != stores[1]
 
 

@@ -8,11 +8,12 @@ a worker takes 0.5 s and 60 MB before it loads its tokenizer.
 
 from __future__ import annotations
 
+import gc
 import pickle
 import signal
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain, pairwise
 from typing import Any, BinaryIO
 
@@ -76,53 +77,65 @@ class ChunkEncoder:
             raise RowError(f"{where}: the text {error.object[:60]!r} holds half of a surrogate pair; mend it") from None
 
     def _arrays(self, rows: Sequence[PlainRow]) -> dict[str, Any]:
-        texts: tuple[dict[str, int], dict[str, int]] = ({}, {})  # of each role -> number
+        raw: list[bytes] = []  # the texts in UTF-8, in the order of their numbers
+        query_numbers: dict[str, int] = {}
+        passages_seen: dict[str, tuple[int, int]] = {}  # text -> number, key
+
+        def query_number(text: str) -> int:
+            number = query_numbers.setdefault(text, len(raw))
+            if number == len(raw):
+                raw.append(text.encode())
+            return number
+
+        def passage_entry(text: str) -> tuple[int, int]:
+            entry = passages_seen.get(text)
+            if entry is None:
+                raw.append(text.encode())
+                entry = passages_seen[text] = len(raw) - 1, _key(text)
+            return entry
+
         languages: dict[str, int] = {}
-        text_keys: dict[str, int] = {}  # passage text -> key
         fields: tuple[list[int], list[int], list[int], list[bool]] = ([], [], [], [])
         negatives: tuple[list[int], list[int], list[int]] = ([], [], [])
         field_counts, negative_counts, keys, key_rows = [], [], [], []
-        raw: list[bytes] = []  # the texts in UTF-8, in the order of their numbers
-
-        def number(role: int, text: str) -> int:
-            found = texts[role].setdefault(text, len(raw))
-            if found == len(raw):
-                raw.append(text.encode())
-            return found
-
-        def key(text: str) -> int:
-            found = text_keys.get(text)
-            if found is None:
-                found = text_keys[text] = xxhash.xxh3_64_intdigest(folded(text).encode(), PASSAGE_KEY)
-            return found
-
         for index, (queries, passages, hard, content, where) in enumerate(rows):
             if not queries or not passages:
                 raise RowError(f"{where}: a row needs at least one query and one passage")
-            codes = sorted(queries.keys() | passages.keys())
-            for code in codes:
+            own = set()
+            codes = queries.keys() if queries.keys() == passages.keys() else queries.keys() | passages.keys()
+            for code in codes if len(codes) == 1 else sorted(codes):
                 query, passage = queries.get(code), passages.get(code)
                 fields[0].append(languages.setdefault(code, len(languages)))
-                fields[1].append(-1 if query is None else number(0, query))
-                fields[2].append(-1 if passage is None else number(1, passage))
-                both = query is not None and passage is not None
-                fields[3].append(both and query != passage and folded(query) != folded(passage))
+                fields[1].append(-1 if query is None else query_number(query))
+                if passage is None:
+                    fields[2].append(-1)
+                    fields[3].append(False)
+                    continue
+                number, key = passage_entry(passage)
+                own.add(key)
+                fields[2].append(number)
+                fields[3].append(query is not None and query != passage and _key(query) != key)
             field_counts.append(len(codes))
-            mine = dict.fromkeys(map(key, passages.values()))
             if content is not None:
-                mine[xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"), CONTENT_KEY)] = None
-            keys.extend(mine)
-            key_rows.extend([index] * len(mine))
-            before = len(negatives[0])
+                own.add(xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"), CONTENT_KEY))
+            for key in own:
+                keys.append(key)
+                key_rows.append(index)
+            count = 0
             for code, several in hard.items():
                 for text in several:
+                    number, key = passage_entry(text)
                     negatives[0].append(languages.setdefault(code, len(languages)))
-                    negatives[1].append(number(1, text))
-                    negatives[2].append(key(text))
-            negative_counts.append(len(negatives[0]) - before)
+                    negatives[1].append(number)
+                    negatives[2].append(key)
+                    count += 1
+            negative_counts.append(count)
 
         count = len(raw)
-        ids = self._encode(texts, count, rows)
+        ids: list[list[int]] = [[]] * count
+        passage_numbers = (number for number, _ in passages_seen.values())
+        self._encode(self.roles[0], query_numbers, query_numbers.values(), ids, rows)
+        self._encode(self.roles[1], passages_seen, passage_numbers, ids, rows)
         token_counts = np.fromiter(map(len, ids), np.int64, count)
         tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(token_counts.sum()))
         in_bytes = memoryview(tokens).cast("B")
@@ -149,17 +162,33 @@ class ChunkEncoder:
             "key_rows": np.array(key_rows, np.int64),
         }
 
-    def _encode(self, texts: tuple[dict[str, int], ...], count: int, rows: Sequence[PlainRow]) -> list[list[int]]:
-        """The token ids of the numbered texts, with the prompts of their roles."""
-        ids: list[list[int]] = [[]] * count
-        for (prompt, limit), numbered in zip(self.roles, texts, strict=True):
-            self.core.enable_truncation(limit, direction=self.side)
-            encoded = self.core.encode_batch_fast([prompt + text for text in numbered])
-            for text, one in zip(numbered, encoded, strict=True):
-                ids[numbered[text]] = one.ids
-                if not ids[numbered[text]]:
-                    raise RowError(f"{_place(text, rows)}: no token is left of the text {text[:60]!r}; leave it out")
-        return ids
+    def encode(self, role: int, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts of one role (0: queries, 1: passages), with its prompt and cut to its length."""
+        prompt, limit = self.roles[role]
+        self.core.enable_truncation(limit, direction=self.side)
+        return [one.ids for one in self.core.encode_batch_fast([prompt + text for text in texts])]
+
+    def _encode(
+        self,
+        role: tuple[str, int],
+        texts: Collection[str],
+        numbers: Iterable[int],
+        ids: list[list[int]],
+        rows: Sequence[PlainRow],
+    ) -> None:
+        """Put the token ids of a role's texts into `ids`, at their numbers."""
+        prompt, limit = role
+        self.core.enable_truncation(limit, direction=self.side)
+        encoded = self.core.encode_batch_fast([prompt + text for text in texts])
+        for text, number, one in zip(texts, numbers, encoded, strict=True):
+            ids[number] = found = one.ids
+            if not found:
+                raise RowError(f"{_place(text, rows)}: no token is left of the text {text[:60]!r}; leave it out")
+
+
+def _key(text: str) -> int:
+    """Equal for texts that are the same passage."""
+    return xxhash.xxh3_64_intdigest(folded(text).encode(), PASSAGE_KEY)
 
 
 def _place(text: str, rows: Sequence[PlainRow]) -> str:
@@ -188,5 +217,6 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it by closing the pipe
+    gc.disable()  # it makes no cycles, and would be looked through for them at every few hundred lists
     results, sys.stdout = sys.stdout.buffer, sys.stderr
     serve(sys.stdin.buffer, results)

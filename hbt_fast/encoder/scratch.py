@@ -36,20 +36,21 @@ class ScratchConfig:
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A SentencePiece-like BPE tokenizer with XLM-R's special tokens, as a fast Hugging Face tokenizer.
 
-    BPE rather than XLM-R's unigram model: its trainer gives the same tokenizer for the same texts (the unigram trainer of
-    tokenizers 0.23 does not, even in one thread), so that a seed fixes a whole run. Characters beyond the most frequent
-    vocabulary / 2 become `<unk>`.
+    BPE rather than XLM-R's unigram model: its trainer gives the same tokenizer for the same texts, so that a seed fixes
+    a whole run (the unigram trainer of tokenizers 0.23 does not, even in one thread). Characters beyond the most
+    frequent vocabulary / 2 become `<unk>`.
 
     Args:
         texts: what to train on, prompts included.
         vocabulary: number of tokens, special tokens included.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.NFKC()
     core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=SPECIALS, limit_alphabet=vocabulary // 2, show_progress=False
     )

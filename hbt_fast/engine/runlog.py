@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 
 from hbt_fast.config import Config, dump
-from hbt_fast.data.plan import BatchPlan
+from hbt_fast.data.counts import DrawCounts
+from hbt_fast.data.plan import BatchPlan, BatchPlanner
 from hbt_fast.engine.launch import World
 
 BEFORE, AFTER = "before training", "after training"  # when an evaluation was made
@@ -39,8 +40,9 @@ class RunLog:
         if self.on:
             print(line, flush=True)
 
-    def start(self, first: int) -> None:
+    def start(self, first: int, planner: BatchPlanner) -> None:
         """Training begins at step `first`: write the resolved settings, drop what a dead run logged from there on."""
+        self.counts = DrawCounts(planner.store)
         self.first, self.began, self.seconds, self.pairs = first, time.perf_counter(), 0.0, 0
         self.recent: list[tuple[float, float]] = []
         if self.on:
@@ -50,6 +52,12 @@ class RunLog:
             (self.run / "config.yaml").write_text(dump(self.config), encoding="utf-8")
             path = self.run / "metrics.jsonl"
             kept = [r for r in read_metrics(path) if r.get("step", -1) < first and r.get("evaluation") != AFTER]
+            kept = [r for r in kept if r.get("drawn_until", 0) <= first]
+            counted = next((r for r in reversed(kept) if "drawn_until" in r), None)
+            if counted:
+                self.counts.restore(counted)
+            for step in range(counted["drawn_until"] if counted else 0, first):
+                self.counts.add(planner.plan(step))
             path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def step(
@@ -63,6 +71,7 @@ class RunLog:
         rate: float,
         tokens: int,
         seconds: float,
+        waited: float,
     ) -> None:
         """One step is done: a line in metrics.jsonl, every `log_every` steps a line for people."""
         if not self.on:
@@ -70,16 +79,17 @@ class RunLog:
         record = {
             "step": step,
             "kind": plan.kind,
-            "source": plan.source,
+            "source": self.counts.store.sources[plan.source].name,
             "loss": loss,
             "accuracy": accuracy,
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens": tokens,
             "seconds": round(seconds, 4),
+            "waited": round(waited, 4),
         }
-        with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.counts.add(plan)
+        self._append(record)
         for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):
             self.writer.add_scalar(name, record[name], step)
         self.writer.add_scalar(f"loss/{plan.kind}", loss, step)
@@ -96,19 +106,25 @@ class RunLog:
                 f"lr {rate:.1e} | {len(plan.rows) / per_step:,.0f} pairs/s | eta {left // 60}:{left % 60:02d}"
             )
             self.recent.clear()
+            self._append({"drawn_until": done, **self.counts.record()})
 
     def evaluation(self, when: str, results: dict) -> None:
         """Append evaluation results to metrics.jsonl."""
         if self.on:
-            with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"evaluation": when, **results}) + "\n")
+            self._append({"evaluation": when, **results})
+
+    def _append(self, record: dict) -> None:
+        with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self, written: dict[str, Path]) -> None:
         """Draw the loss curve and say what was written where."""
         if self.writer is not None:
             self.writer.close()
         if curve := draw_loss(self.run):
-            written = {**written, "loss curve": curve}
+            pairs, total = self.run / "language-pairs.png", int(self.counts.pairs.sum())
+            self.counts.draw(pairs, f"language pairs of {total:,} training pairs")
+            written = {**written, "loss curve": curve, "language pairs": pairs}
         written = {**written, "metrics": self.run / "metrics.jsonl", "TensorBoard": self.run / "tensorboard"}
         width = max(map(len, written))
         self.say("\n" + "\n".join(f"{name:<{width}}  {path}" for name, path in written.items()))

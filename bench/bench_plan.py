@@ -1,0 +1,87 @@
+"""Planning an epoch of a million pairs from four data sets, beside sentence-transformers' sampler for the same job."""
+
+import statistics
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from hbt_fast.data.build import build_source
+from hbt_fast.data.plan import BatchPlanner
+from hbt_fast.data.rows import Row
+from hbt_fast.data.shares import BatchConfig
+from hbt_fast.data.store import Role, Store
+
+BATCH, SETS, ROWS = 8192, 4, 250_000
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """(query, passage) of each data set; one passage in thirty answers two queries or more."""
+    rng = np.random.default_rng(0)
+    passages = [rng.integers(0, 15 * ROWS, ROWS).tolist() for _ in range(SETS)]
+    return [[(f"ask {s} {i}", f"say {s} {p}") for i, p in enumerate(passages[s])] for s in range(SETS)]
+
+
+@pytest.fixture(scope="module")
+def store(pairs, tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({"?": 0, "ask": 1, "say": 2}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer, folder = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?"), tmp_path_factory.mktemp("bench")
+    languages = ("de", "en")
+    sources = []
+    for s, rows in enumerate(pairs):
+        stream = (Row(dict.fromkeys(languages, q), dict.fromkeys(languages, p)) for q, p in rows)
+        sources.append(build_source(folder / str(s), f"set{s}", stream, tokenizer, Role("", 64), Role("", 64)))
+    return Store(tuple(sources), (None,) * SETS)
+
+
+def theirs(pairs):
+    """One epoch of ProportionalBatchSampler over hashed NoDuplicatesBatchSamplers; hashes are made beforehand."""
+    from datasets import Dataset
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler, ProportionalBatchSampler
+
+    sets = [Dataset.from_dict({"query": [q for q, _ in rows], "passage": [p for _, p in rows]}) for rows in pairs]
+    samplers = [
+        NoDuplicatesBatchSampler(
+            data, BATCH, drop_last=True, generator=torch.Generator(), precompute_hashes=True, precompute_num_proc=1
+        )
+        for data in sets
+    ]
+    for sampler in samplers:
+        sampler._build_hashes()
+    whole = torch.utils.data.ConcatDataset(sets)
+    sampler = ProportionalBatchSampler(whole, samplers, generator=torch.Generator(), seed=0)
+    return lambda: sum(len(batch) for batch in sampler)
+
+
+@pytest.mark.parametrize("strategy", ["mono", "cross", "hybrid"])
+def test_epoch(benchmark, add_line, store, pairs, strategy):
+    torch.set_num_threads(1)
+    planner = BatchPlanner(store, BatchConfig(BATCH, strategy=strategy), seed=0)
+    steps = SETS * ROWS // BATCH
+    epoch = theirs(pairs)
+    planner.plan(0)
+    ours, rival = [], []
+    for round_ in range(3):  # interleaved; each planner goes on where it was
+        began = time.perf_counter()
+        for step in range(round_ * steps, (round_ + 1) * steps):
+            planner.plan(step)
+        middle = time.perf_counter()
+        count = epoch()
+        ours.append((middle - began) / (steps * BATCH))
+        rival.append((time.perf_counter() - middle) / count)
+    ratio = statistics.median(r / o for r, o in zip(rival, ours, strict=True))
+    add_line(
+        **{
+            "benchmark": f"epoch {strategy}: {1 / statistics.median(ours) / 1e6:.2f} million pairs/s, ratio: theirs / ours",
+            "median ms": f"{statistics.median(ours) * steps * BATCH * 1e3:.0f}",
+            "floor ms": f"{statistics.median(rival) * steps * BATCH * 1e3:.0f}",
+            "ratio": f"{ratio:.0f}",
+        }
+    )
+    benchmark.pedantic(lambda: planner.plan(0), rounds=3)
