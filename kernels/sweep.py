@@ -26,6 +26,7 @@ from hbt_fast.kernels.epilogue import (
     store_tile,
     window_of,
 )
+from hbt_fast.kernels.library import add_product
 from hbt_fast.kernels.negatives import Negatives, keep_row_negatives
 from hbt_fast.kernels.tiles import SWEEP, SWEEP_ROWS, Tile, launch_options, on_device_of
 
@@ -113,11 +114,7 @@ def products(q_RD: Tensor, p_MD: Tensor, products_RM: Tensor | None = None) -> T
     """
     check_operands(q_RD, p_MD)
     products_RM = matrix_like(products_RM, q_RD.shape[0], p_MD.shape[0], torch.float32, q_RD.device, "products_RM")
-    if q_RD.dtype == torch.float32:
-        return torch.mm(q_RD, p_MD.T, out=products_RM)
-    if q_RD.is_cuda:
-        return torch.mm(q_RD, p_MD.T, out_dtype=torch.float32, out=products_RM)
-    return torch.mm(q_RD.float(), p_MD.float().T, out=products_RM)
+    return add_product(products_RM, q_RD, p_MD.T, beta=0)
 
 
 def _checked(products_RM: Tensor, scale: Tensor, who: Negatives, *, symmetric: bool) -> Tensor:

@@ -16,7 +16,7 @@ import kernels_reference as reference
 import pytest
 import torch
 
-from hbt_fast.kernels import NEVER, Coefficients, epilogue, fused, sweep
+from hbt_fast.kernels import NEVER, Coefficients, epilogue, fused, library, sweep
 from hbt_fast.kernels.tiles import Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -313,3 +313,33 @@ def test_a_value_that_is_not_finite_shows_in_the_sums(way, value):
     found = row_and_column_statistics(way, case)
     assert found.row_sum_R[4].isnan()
     assert bool(found.column_sum_A.isnan().any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_add_up_in_float32(dtype):
+    """Over many calls, into some rows of a larger matrix: halves of a sum would show as 1e-3."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 20, 33, 17, generator=g).to(DEVICE, dtype)).unbind()
+    out, frame = torch.full((21, 17), float("nan"), device=DEVICE), torch.full((24, 17), 7.0, device=DEVICE)
+    for i, (x, y) in enumerate(zip(a[:, :, :16], b, strict=True)):
+        library.add_product(frame[2:18], x.T, y, beta=int(i > 0))
+        library.add_product(out, x.new_ones(21, 33), y, beta=int(i > 0))
+    truth = torch.einsum("ika,ikb->ab", a[:, :, :16].double(), b.double())
+    assert ((frame[2:18] - truth).norm() / truth.norm()).item() < 1e-6
+    assert bool((frame[:2] == 7).all() & (frame[18:] == 7).all())
+    assert bool(out.isfinite().all())
+
+
+def test_rescale_changes_what_is_to_be_changed():
+    for size in (1, 4095, 4097):
+        frame = torch.arange(size + 2.0, device=DEVICE)
+        expected = frame.clone()
+        library.rescale(frame[1:-1], torch.tensor(1.0, device=DEVICE))
+        assert torch.equal(frame, expected)
+        library.rescale(frame[1:-1], torch.tensor(0.25, device=DEVICE))
+        expected[1:-1] *= 0.25
+        assert torch.equal(frame, expected)
+    with pytest.raises(ValueError, match="contiguous"):
+        library.rescale(torch.ones(4, 4, device=DEVICE).T[1:], torch.tensor(1.0, device=DEVICE))
+    with pytest.raises(ValueError, match="ratio"):
+        library.rescale(torch.ones(4, device=DEVICE), torch.ones(1, device=DEVICE))

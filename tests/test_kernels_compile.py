@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hbt_fast.kernels import Coefficients, fused, sweep
+from hbt_fast.kernels import Coefficients, fused, library, sweep
 
 if not isinstance(fused._gradient_kernel, JITFunction):
     pytest.skip("TRITON_INTERPRET is set: nothing compiles", allow_module_level=True)
@@ -54,6 +54,7 @@ def launches(
         "sweep exp_rows": lambda: sweep.exp_rows(*swept, dtype),
         "sweep statistics": lambda: sweep.row_and_column_statistics(*swept),
         "sweep gradient": lambda: sweep.gradient(*swept, coefficients, dtype),
+        "rescale": lambda: library.rescale(torch.ones(sizes), torch.tensor(1.0)),
     }
     noted = []
 
@@ -116,6 +117,7 @@ CASES = [
     ("sweep exp_rows", torch.bfloat16, "ieee", 90),
     ("sweep statistics", torch.float16, "ieee", 100),
     ("sweep gradient", torch.float32, "ieee", 80),
+    ("rescale", torch.float32, "ieee", 90),
 ]
 
 
@@ -136,7 +138,7 @@ def test_kernels_compile_for_the_chip_without_spilling(operation, dtype, precisi
             assert TENSOR_CORE[chip] in made.asm["ptx"], what
 
 
-@pytest.mark.parametrize("operation", FUSED + SWEPT)
+@pytest.mark.parametrize("operation", [*FUSED, *SWEPT, "rescale"])
 def test_sizes_of_one_compile_too(operation):
     """Triton makes an argument of 1 a constant, on which not everything can be done that can with a number."""
     for kernel, bound, options in launches(operation, torch.float32, "ieee", 9, (1, 1, 1)):
