@@ -88,7 +88,8 @@ def ours(race, shape, dtype, symmetric, backend, workspace=None):
     try:
         plan = explain(
             *(shape[0], shape[0]),
-            dtype=torch.float32,
+            d=shape[1],
+            dtype=DTYPE[dtype],
             operands=DTYPE[dtype],
             symmetric=symmetric,
             device=DEVICE,
@@ -132,14 +133,17 @@ else:
     else [pytest.param((65536, 384), True, id="65536x384-symmetric", marks=pytest.mark.slow)],
 )
 def test_large(once, request, shape, symmetric):
-    """It runs, in one GiB: 65,536 on a CPU, a million on a GPU. One call, so no floor and no quartiles."""
+    """It runs: 65,536 on a CPU in one GiB, a million on a GPU in what the plan says, 3 GiB of that being fp32 sums of
+    the passages' gradients. One call, so no floor and no quartiles.
+    """
     if request.config.getoption("--benchmark-disable"):
         pytest.skip("takes minutes")
     embeddings.cache_clear(), reference.cache_clear()
     q_ND, p_ND = embeddings(shape, DTYPES[0])
     options = {"scale": SCALE, "symmetric": symmetric}
     info_nce_with_grad(q_ND[:4096], p_ND[:4096], **options)
-    plan = explain(*(shape[0],) * 2, operands=q_ND.dtype, symmetric=symmetric, device=DEVICE)
+    o = {"dtype": q_ND.dtype, "operands": q_ND.dtype, "symmetric": symmetric, "device": DEVICE}
+    plan = explain(*(shape[0],) * 2, d=shape[1], **o)
     found = []
 
     def loss():
@@ -148,7 +152,7 @@ def test_large(once, request, shape, symmetric):
 
     extra = once(loss, 6 * shape[0] ** 2 * shape[1], str(plan.passes))
     assert found[0].isfinite()
-    assert extra is None or extra <= 1024 * MIB
+    assert extra is None or extra <= (plan.extra_bytes if GPU else 1024 * MIB)
 
 
 @directions

@@ -27,7 +27,7 @@ part() {  # seconds, name, arguments of pytest; an interrupt lets pytest print t
     [ "$rc" = 0 ] || { echo "== $name: exit status $rc (2 or 124: out of time)"; failed=1; }
 }
 
-part 150 correct tests/test_kernels_claims.py tests/test_loss_triton_claims.py --maxfail=20
+part 150 correct tests/test_kernels_claims.py tests/test_loss_triton_claims.py tests/test_loss_triton_memory.py --maxfail=20
 part 190 speed bench/bench_loss.py -k "not tiles" --results="$out/gpu-loss.md" --benchmark-json="$out/gpu-loss.json"
 part 80 tiles bench/bench_loss.py -k tiles --results="$out/gpu-tiles.md" --benchmark-json="$out/gpu-tiles.json"
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+CLAIMS = ("kernels_claims", "loss_triton_claims", "loss_triton_memory", "loss_triton_ranks")
 
-@pytest.mark.parametrize("claims", ["test_kernels_claims.py", "test_loss_triton_claims.py"])
+
+@pytest.mark.parametrize("claims", [f"test_{name}.py" for name in CLAIMS])
 def test_every_claim_holds_in_the_interpreter(claims):
     """In a process of its own: the interpreter is chosen when triton is imported, for good."""
     claims = Path(__file__).with_name(claims)

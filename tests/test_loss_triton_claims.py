@@ -1,6 +1,7 @@
 """`backend="triton"` keeps the loss contract: on a GPU where there is one, else in Triton's interpreter.
 
-In the suite it runs in a process of its own (test_kernels_interpreted.py); on a GPU run this file itself.
+In the suite it runs in a process of its own (test_kernels_interpreted.py), as do the claims about its memory and about
+several ranks (test_loss_triton_*.py); on a GPU run these files themselves.
 """
 
 import itertools
@@ -123,12 +124,14 @@ def test_twice_the_same_call_is_bitwise_the_same():
     assert all(torch.equal(x, y) for x, y in zip((*a, a.own_negatives), (*b, b.own_negatives), strict=True))
 
 
+HALF = {"backend": "triton", "dtype": torch.float16, "operands": torch.float16, "workspace_bytes": 2**30}
+
+
 def test_the_plan():
-    o = {"device": DEVICE, "backend": "triton", "operands": torch.float16, "workspace_bytes": 2**30}
-    one, both = (explain(65536, 65536, symmetric=s, **o) for s in (False, True))
+    one, both = (explain(65536, 65536, d=768, symmetric=s, device=DEVICE, **HALF) for s in (False, True))
     assert (one.passes, both.passes) == (3, 4)
-    assert max(one.logit_bytes, both.logit_bytes) <= 2**30
-    small = explain(4096, 4096, symmetric=True, **o)
+    assert max(one.extra_bytes, both.extra_bytes) <= 2**30
+    small = explain(4096, 4096, symmetric=True, device=DEVICE, **HALF)
     assert (small.passes, small.keep, small.way) == (3, True, "sweep")
 
 

@@ -69,7 +69,7 @@ def check_arguments(
 
     if o.compute_dtype == "fp16":
         for name, x in (("queries", queries), ("passages", passages), ("own_negatives", own_negatives)):
-            if x is not None and not capturing(x) and bool((x.detach().abs() >= FP16_OVERFLOW).any()):
+            if x is not None and x.numel() and not capturing(x) and _largest(x) >= FP16_OVERFLOW:
                 raise ValueError(f'{name} overflows in fp16 (above 65504); normalise it, or use compute_dtype="bf16"')
     check_integers("positives", o.positives, n, "one passage index per query")
     check_integers("passage_ids", o.passage_ids, m, "one content id per passage")
@@ -165,6 +165,12 @@ def check_finite(name: str, x: Tensor) -> None:
     if not bool(torch.isfinite(x.detach()).all()):
         rows = (~torch.isfinite(x.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
         raise ValueError(f"{name} contains NaN or Inf, first in row {rows[0]} ({len(rows)} of {x.shape[0]} rows)")
+
+
+def _largest(x: Tensor) -> float:
+    """The largest magnitude; without a copy of x."""
+    low, high = x.detach().aminmax()
+    return max(-float(low), float(high))
 
 
 def capturing(x: Tensor) -> bool:

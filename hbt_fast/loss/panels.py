@@ -68,7 +68,7 @@ class Statistics:
 class Panels:
     """The logits of one loss, panel by panel, and the products with their gradient."""
 
-    def __init__(self, problem: Problem, layout: Layout, plan: Plan, need_queries: bool, need_passages: bool) -> None:
+    def __init__(self, problem: Problem, layout: Layout, plan: Plan, need_passages: bool) -> None:
         self.plan, self.p_MD, self.negatives = plan, layout.p_MD, layout.negatives
         self.source_M, self.problem = layout.source_M, problem
         # A BLAS multiplies by a number for nothing; for a GPU the number stays a tensor, which nothing waits for.
@@ -78,7 +78,6 @@ class Panels:
         n, m = self.q_ND.shape[0], self.p_MD.shape[0]
         self.buffer = self.q_ND.new_empty((n if plan.keep else plan.panel_rows) * m)
         self.held: set[int] = set()  # panels whose logits the buffer holds
-        self.dq_ND = torch.empty_like(self.q_ND) if need_queries else None
         self.dp_MD = torch.empty_like(self.p_MD) if need_passages else None
         self.tiles = tiles.compiled() if plan.backend == "cpu" else tiles
         self.columns = self._columns(problem.ranks)
@@ -103,8 +102,11 @@ class Panels:
         factor_N: Tensor,
         columns_A: Statistics | None = None,
         factor_A: Tensor | None = None,
+        dq_RD: Tensor | None = None,
     ) -> None:
-        """Turn the panel's logits into their gradient and add its products with passages and queries."""
+        """Turn the panel's logits into their gradient. Its product with the passages, whole, into dq_RD; that with the
+        queries is added up.
+        """
         for columns, s_RC in self._tiles(rows):
             if rows.start not in self.held:
                 self._make(s_RC, rows, columns)
@@ -112,24 +114,17 @@ class Panels:
             factor_C = None if column is None else factor_A[columns]
             negatives = self.negatives.tile(rows, columns)
             self.tiles.gradient(s_RC, rows_N.part(rows), factor_N[rows], column, factor_C, negatives)
-            if self.dq_ND is not None:
-                self._product(self.dq_ND[rows], s_RC, self.p_MD[columns], first=columns is self.columns[0])
+            if dq_RD is not None:
+                self._product(dq_RD, s_RC, self.p_MD[columns], first=columns is self.columns[0])
             if self.dp_MD is not None:
                 self._product(self.dp_MD[columns], s_RC.T, self.q_ND[rows], first=rows.start == 0)
+        if dq_RD is not None and self.after is not None:
+            dq_RD.mul_(self.after)
         self.held = self.held - {rows.start} if self.plan.keep else set()
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """(N, D) and (number of passages, D) sums of the products; zeros for those that were not needed."""
-        d = self.q_ND.shape[1]
-        dq_ND = torch.zeros_like(self.q_ND) if self.dq_ND is None else self.dq_ND
-        if self.after is not None:
-            dq_ND.mul_(self.after)
-        if self.dp_MD is not None and self.source_M is None:
-            return dq_ND, self.dp_MD
-        dp_MD = self.q_ND.new_zeros(self.problem.passages_MD.shape[0], d)
-        if self.dp_MD is not None:
-            dp_MD.index_put_((self.source_M,), self.dp_MD, accumulate=True)
-        return dq_ND, dp_MD
+    def passages(self) -> Tensor | None:
+        """(number of passages, D) sums of the products with the queries; None if they were not needed."""
+        return self.dp_MD if self.dp_MD is None else of_passages(self.dp_MD, self.source_M, self.problem)
 
     def _tiles(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
         """The panel's tiles, each contiguous, which is what the BLAS likes best."""
@@ -144,7 +139,7 @@ class Panels:
         """The columns of a panel's tiles. Of several ranks each one's apart, the own first: others are still coming."""
         blocks = [slice(0, self.p_MD.shape[0])]
         if self.source_M is None and ranks.group is not None:
-            blocks = ranks.passage_blocks[ranks.rank :] + ranks.passage_blocks[: ranks.rank]
+            blocks = ranks.own_first
         step = self.plan.tile_columns
         return [slice(i, min(i + step, b.stop)) for b in blocks for i in range(b.start, b.stop, step)]
 
@@ -155,6 +150,13 @@ class Panels:
 
     def _product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(out, a, b, beta=0 if first else 1, alpha=self.alpha, out=out)
+
+
+def of_passages(dp_MD: Tensor, source_M: Tensor | None, problem: Problem) -> Tensor:
+    """The columns' gradients as those of the passages that they are."""
+    if source_M is None:
+        return dp_MD
+    return dp_MD.new_zeros(problem.passages_MD.shape).index_put_((source_M,), dp_MD, accumulate=True)
 
 
 def _part(columns_A: Statistics | None, columns: slice) -> Statistics | None:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from hbt_fast.loss import tiles
+from hbt_fast.loss.terms import BLOCK
 
 PANEL_ROWS = 1024
 TILE_ELEMENTS = 2**22
 GPU_ROWS = 256  # panels on a GPU are multiples of it
+VECTOR_BYTES = 64  # per query and passage: keys, statistics, and what sorting them takes
 WAY: str | None = None  # "fused" or "sweep", for benchmarks that compare them; None: what is thought faster
 MEMORY_SHARE = 8  # the default workspace is this part of free memory ...
 SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 * 2**20, 2**30  # ... within these bounds
@@ -27,7 +29,8 @@ class Plan:
 
     `passes` counts N x M x D products for the loss and both gradients. Of S, `panel_rows` are worked on at a time, in
     tiles of `tile_columns`; with `keep` all logits are held until the end. `operands` is what the products take, `way`
-    how "triton" makes logits. `logit_bytes` is held at a time, `extra_bytes` all memory beyond inputs and gradients.
+    how "triton" makes logits. `logit_bytes` is held at a time, `extra_bytes` all memory beyond inputs and gradients,
+    further positives and own negatives left out.
     """
 
     backend: str
@@ -54,24 +57,29 @@ def explain(
     n: int,
     m: int,
     *,
+    d: int = 768,
     dtype: torch.dtype = torch.float32,
     operands: torch.dtype | None = None,
     symmetric: bool = False,
     device: str | torch.device = "cpu",
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    beside: int | None = None,
 ) -> Plan:
     """The plan for a loss with its gradients. It depends on the arguments and, without `workspace_bytes`, free memory.
 
     Args:
         n: queries of this rank.
         m: passages of all ranks.
+        d: width of the embeddings. It decides memory where these are halves, or the backend is "triton".
         dtype: of the embeddings; logits are float64 for float64, else float32.
         operands: of the products, for "triton": float16, bfloat16 or float32; None: dtype.
         symmetric: whether the passage-to-query half is computed too.
         device: of the embeddings.
         workspace_bytes: limit of logits and temporaries; None: an eighth of the free memory, 64 MiB to 1 GiB.
         backend: as for `info_nce`.
+        beside: bytes of matrices of embeddings that are made besides: operands in another dtype, and sums of gradients
+            that are not returned themselves. None: those of one process, positives being 0, 1, 2 ...
 
     Raises:
         ValueError: the backend cannot be had here; the message says why.
@@ -86,17 +94,27 @@ def explain(
     if backend == "torch":
         extra = (5 + 2 * symmetric) * whole + statistics
         return Plan(backend, 3, n, m, True, dtype, "dense", whole, extra, reason)
+    apart = dtype.itemsize < element  # results are halves: what is summed up lies apart from them
+    if beside is None:
+        held_as = operands.itemsize if backend == "triton" else element
+        beside = (0 if dtype.itemsize == held_as else held_as * (n + m) * d) + (element * m * d if apart else 0)
     if backend == "triton":
-        # one-way the panel holds exp(S), symmetric the gradient, both in the operands' dtype; a sweep also fp32 logits
-        way = WAY or "fused"
-        keep = symmetric and 4 * n * m + operands.itemsize * n * m <= workspace
-        way = "sweep" if keep else way
-        cell = operands.itemsize + (4 if way == "sweep" else 0)
-        rows = min(n, max(GPU_ROWS, workspace // (cell * m) // GPU_ROWS * GPU_ROWS))
-        held = cell * m * (n if keep else rows)
-        return Plan(
-            backend, 4 if symmetric and not keep else 3, rows, m, keep, operands, way, held, held + statistics, reason
-        )
+        beside += VECTOR_BYTES * (n + m)
+        workspace -= beside
+
+        def row_bytes(way: str) -> tuple[int, int]:
+            """Of a row of a panel its matrix: exp(S) or, symmetric, the gradient; a sweep reads fp32 logits besides.
+            And all that it takes: also statistics of tiles, weighted queries and the products."""
+            matrix = operands.itemsize if way == "fused" or operands.itemsize == 4 else operands.itemsize + 4
+            return matrix * m, matrix * m + 5 * m // 16 + (operands.itemsize + (4 if apart else 0)) * d
+
+        keep = symmetric and n * row_bytes("sweep")[1] <= workspace
+        way = "sweep" if keep else WAY or "fused"
+        matrix, all_of_it = row_bytes(way)
+        rows = min(n, n if keep else max(GPU_ROWS, workspace // all_of_it // GPU_ROWS * GPU_ROWS))
+        passes, finishing = 4 if symmetric and not keep else 3, 4 * (min(BLOCK, n * d) + (rows * d if apart else 0))
+        extra = beside + max(rows * all_of_it, finishing)
+        return Plan(backend, passes, rows, m, keep, operands, way, rows * matrix, extra, reason)
 
     # the compiled form needs no temporaries, torch three as large as a tile
     copies, tile = (0, TILE_ELEMENTS) if backend == "cpu" else (3, TILE_ELEMENTS // 4)
@@ -118,7 +136,7 @@ def explain(
         operands=dtype,
         way="tiles",
         logit_bytes=held,
-        extra_bytes=held + temporaries(rows) + statistics,
+        extra_bytes=held + temporaries(rows) + statistics + beside + (element * rows * d if apart else 0),
         reason=reason,
     )
 

@@ -27,11 +27,11 @@ from hbt_fast.loss.ranks import Gathering, Ranks, meet
 class Problem:
     """What both torch forms compute from. Global row order is rank by rank; `positives` index into p_MD."""
 
-    q_ND: Tensor
+    q_ND: Tensor  # for "triton" these are of `operands`, and the caller's own tensors where they are of it already
     passages_MD: Tensor  # those of other ranks may still be on their way: see p_MD
     gathering: Gathering | None
     own_NKD: Tensor | None
-    scale: Tensor  # 0-d, of q_ND's dtype
+    scale: Tensor  # 0-d; its dtype is what logits and sums are computed in
     positives_N: Tensor
     positive_rows: slice | None  # of p_MD, where the positives are consecutive
     positives_A: Tensor
@@ -46,6 +46,7 @@ class Problem:
     reduction: str
     compute_dtype: str | None
     operands: torch.dtype  # what tensor cores may be fed with: the values of q_ND and p_MD are exact in it
+    copied_bytes: int  # of operands that are not the caller's tensors
     workspace_bytes: int | None
     ranks: Ranks
 
@@ -54,10 +55,11 @@ class Problem:
         """The passages of all ranks; waits for those that have not come yet."""
         return self.arrived(slice(0, self.passages_MD.shape[0]))
 
-    @property
-    def positives_ND(self) -> Tensor:
-        """Each query's positive; a view, where they are consecutive, and so of this rank."""
-        return self.p_MD[self.positives_N] if self.positive_rows is None else self.passages_MD[self.positive_rows]
+    def positives(self, rows: slice) -> Tensor:
+        """These queries' positives; a view, where they are consecutive, and so of this rank."""
+        if self.positive_rows is None:
+            return self.p_MD[self.positives_N[rows]]
+        return self.passages_MD[self.positive_rows][rows]
 
     def arrived(self, columns: slice) -> Tensor:
         """Some passages; waits for those of them that have not come yet."""
@@ -122,12 +124,11 @@ def prepare(
     own_negatives: Tensor | None,
     o: Options,
     ranks: Ranks,
-    *,
-    overlap: bool = False,
+    backend: str = "torch",
 ) -> Problem:
     """Cast, round, gather. Differentiable: the gradients of the result's operands flow to the four arguments.
 
-    With `overlap` the passages of other ranks come while work goes on, and gradients do not flow.
+    With a backend other than "torch" the passages of other ranks come while work goes on, and gradients do not flow.
 
     Raises:
         ValueError: positives out of range, weights that sum to zero; on all ranks alike.
@@ -135,11 +136,13 @@ def prepare(
     device = queries.device
     dtype = computation_dtype(queries, passages, own_negatives)
     n, m = queries.shape[0], sum(ranks.passage_counts)
-    if ranks.group is not None and overlap:
-        gathering = ranks.start_gathering(passages, dtype, lambda x: rounded(x, o.compute_dtype))
-        passages_MD = gathering.passages
-    else:
-        gathering, passages_MD = None, rounded(ranks.gather_passages(passages, dtype), o.compute_dtype)
+    operands = operand_dtype(queries, passages, o.compute_dtype)
+    held = operands if backend == "triton" else dtype  # a tensor core multiplies halves as they are, a CPU does not
+    q_ND, own_NKD = rounded(queries.to(held), o.compute_dtype).contiguous(), None
+    if own_negatives is not None:
+        half = operands if o.compute_dtype in ("fp16", "bf16") else own_negatives.dtype
+        own_held = half if backend == "triton" else dtype
+        own_NKD = rounded(own_negatives.to(own_held), o.compute_dtype)
 
     positive_rows = None
     if o.positives is None:
@@ -167,11 +170,22 @@ def prepare(
     if query_ids_A is None and passage_ids_M is not None:
         query_ids_A = passage_ids_M[positives_A]
 
+    # Last, since a group's collectives are done in order: what is asked for after it would wait for it.
+    if ranks.group is not None and backend != "torch":
+        gathering = ranks.start_gathering(passages, held, lambda x: rounded(x, o.compute_dtype))
+        passages_MD = gathering.passages
+    else:
+        gathering, passages_MD = None, rounded(ranks.gather_passages(passages, held), o.compute_dtype).contiguous()
+    copied_bytes = 0
+    if backend != "torch":
+        kept = ((q_ND, queries), (passages_MD, passages), (own_NKD, own_negatives))
+        copied_bytes = sum(x.nbytes for x, given in kept if x is not None and x.data_ptr() != given.data_ptr())
+
     return Problem(
-        q_ND=rounded(queries.to(dtype), o.compute_dtype),
+        q_ND=q_ND,
         passages_MD=passages_MD,
         gathering=gathering,
-        own_NKD=None if own_negatives is None else rounded(own_negatives.to(dtype), o.compute_dtype),
+        own_NKD=own_NKD,
         scale=ranks.shared_scale(as_tensor(scale, device).to(device, dtype)),
         positives_N=positives_N,
         positive_rows=positive_rows,
@@ -186,7 +200,8 @@ def prepare(
         weights_N=weights_N,
         reduction=o.reduction,
         compute_dtype=o.compute_dtype,
-        operands=operand_dtype(queries, passages, o.compute_dtype),
+        operands=operands,
+        copied_bytes=copied_bytes,
         workspace_bytes=o.workspace_bytes,
         ranks=ranks,
     )
@@ -210,13 +225,13 @@ def rounded(x: Tensor, compute_dtype: str | None) -> Tensor:
 
     Products of such values, accumulated in fp32, are what fp16, bf16 and TF32 tensor cores compute.
     """
-    if compute_dtype is None or (compute_dtype == "fp32" and x.dtype == torch.float32):
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(compute_dtype)
+    if compute_dtype is None or x.dtype == narrow:
         return x
     with torch.no_grad():
-        if compute_dtype == "tf32":  # 10 explicit mantissa bits, to nearest
+        if narrow is None:  # tf32: 10 explicit mantissa bits, to nearest
             bits = x.float().contiguous().view(torch.int32)
-            y = ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+            y = bits.add(0x1000).bitwise_and_(~0x1FFF).view(torch.float32).to(x.dtype)
         else:
-            half = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[compute_dtype]
-            y = x.to(half).to(x.dtype)
-    return x + (y - x.detach())  # exact: the difference to a rounded value is representable
+            y = x.to(narrow).to(x.dtype)
+    return x + (y - x.detach()) if torch.is_grad_enabled() else y  # exact: the difference to it is representable

@@ -45,6 +45,11 @@ class Ranks:
     def own_passages(self) -> slice:
         return self.passage_blocks[self.rank]
 
+    @property
+    def own_first(self) -> list[slice]:
+        """The passage blocks in the order to work on them: the own is there, the others are coming."""
+        return self.passage_blocks[self.rank :] + self.passage_blocks[: self.rank]
+
     # Differentiable, for the dense form. `sum` and `shared` are a pair: after a sum all ranks hold the same values and
     # computes the same things from them, so each rank's cotangent is already the whole one; where ranks use such a
     # value for different rows, `shared` adds their cotangents up.
@@ -108,7 +113,7 @@ class Gathering:
     Args:
         ranks: who takes part.
         p: this rank's passages, (M_r, D).
-        dtype: of the gathered passages; they travel in p's own.
+        dtype: of the gathered passages; they travel in p's own, and straight into their place if it is the same.
         finish: turns a block as it came, in `dtype`, into the block to keep.
     """
 
@@ -117,10 +122,12 @@ class Gathering:
         self.finish, self.coming = finish, []
         for r, block in enumerate(ranks.passage_blocks):
             own = r == ranks.rank
-            received = p.detach() if own else p.new_empty(block.stop - block.start, p.shape[1])
+            place = self.passages[block]
+            received = p.detach() if own else place if p.dtype == dtype else torch.empty_like(place, dtype=p.dtype)
             work = dist.broadcast(received, group_src=r, group=ranks.group, async_op=True)
             if own:  # there at once; its sending is waited for when all others have come
-                self.passages[block], self.sending = finish(received.to(dtype)), (work, received)
+                self._keep(block, received)
+                self.sending = work, received
             else:
                 self.coming.append((block, received, work))
 
@@ -130,13 +137,18 @@ class Gathering:
         for block, received, work in self.coming:
             if block.start < columns.stop and columns.start < block.stop:
                 work.wait()
-                self.passages[block] = self.finish(received.to(self.passages.dtype))
+                self._keep(block, received)
             else:
                 still.append((block, received, work))
         if self.coming and not still:
             self.sending[0].wait()
         self.coming = still
         return self.passages[columns]
+
+    def _keep(self, block: slice, received: Tensor) -> None:
+        place, kept = self.passages[block], self.finish(received.to(self.passages.dtype))
+        if kept.data_ptr() != place.data_ptr():
+            place.copy_(kept)
 
 
 ALONE = Ranks()

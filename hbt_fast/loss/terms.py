@@ -11,6 +11,7 @@ C = M + K candidates of a query, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,27 @@ if TYPE_CHECKING:
     from hbt_fast.loss.problem import Problem
 
 NEGATIVE_INFINITY = float("-inf")
+BLOCK = 2**22  # elements of embeddings that are converted or multiplied elementwise at a time
+
+
+def blocks(count: int, width: int) -> Iterator[slice]:
+    """Rows of `width` elements, so many at a time that a temporary of them takes 16 MiB in fp32."""
+    step = max(1, BLOCK // width)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def positive_logits(problem: Problem) -> Tensor:
     """(N,) logits of the positives, as row dots: kept apart from the matrix, so that no rounding of it reaches them."""
-    return problem.scale * row_dots(problem.q_ND, problem.positives_ND)
+    q_ND, dtype = problem.q_ND, problem.scale.dtype
+    dots = [row_dots(q_ND[rows], problem.positives(rows), dtype) for rows in blocks(*q_ND.shape)]
+    return problem.scale * torch.cat(dots)
 
 
-def row_dots(a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """(N,) dot products of rows. As a batched product where that cannot be TF32: it makes no (N, D) temporary."""
-    if a_ND.device.type == "cpu":
-        return (a_ND[:, None] @ b_ND[:, :, None]).flatten()
-    return (a_ND * b_ND).sum(1)
+def row_dots(a_RD: Tensor, b_RD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R,) dot products of rows, in `dtype`. As a batched product where that cannot be TF32: it needs no temporary."""
+    if a_RD.device.type == "cpu" and a_RD.dtype == b_RD.dtype == dtype:
+        return (a_RD[:, None] @ b_RD[:, :, None]).flatten()
+    return b_RD.to(dtype, copy=True).mul_(a_RD).sum(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +64,7 @@ def margin_of(problem: Problem, pos_N: Tensor) -> Margin | None:
     with torch.no_grad():
 
         def inverse_norm(x: Tensor) -> Tensor:  # a zero vector has cosine 0 with everything
-            return 1 / torch.linalg.vector_norm(x, dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+            return 1 / torch.linalg.vector_norm(x, dim=-1, dtype=pos_N.dtype).clamp_min(torch.finfo(pos_N.dtype).tiny)
 
         q_N, p_M = inverse_norm(problem.q_ND), inverse_norm(problem.p_MD)
         own_NK = None if problem.own_NKD is None else inverse_norm(problem.own_NKD)

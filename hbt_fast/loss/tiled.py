@@ -17,22 +17,23 @@ F further positives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbt_fast.loss.arguments import Options
-from hbt_fast.loss.negatives import further_positives, further_queries, layout_of
+from hbt_fast.loss.negatives import Layout, further_positives, further_queries, layout_of
 from hbt_fast.loss.panels import Panels, Statistics
 from hbt_fast.loss.panels_triton import TritonPanels
-from hbt_fast.loss.planner import SMALLEST_WORKSPACE, explain
+from hbt_fast.loss.planner import explain
 from hbt_fast.loss.problem import Problem, prepare
 from hbt_fast.loss.ranks import ALONE, Ranks
 from hbt_fast.loss.terms import (
+    BLOCK,
     NEGATIVE_INFINITY,
     Margin,
+    blocks,
     finite_maximum,
     log_sum,
     margin_of,
@@ -43,13 +44,27 @@ from hbt_fast.loss.terms import (
 )
 
 
-class Gradients(NamedTuple):
-    """Of sum_i g_i * loss_i over all ranks. `passages` is this rank's contribution to all passages, not yet reduced."""
+class _Wanted(NamedTuple):
+    """Where gradients go; None: not needed. That of the scale comes with the queries'."""
 
-    queries: Tensor
-    passages: Tensor
-    scale: Tensor
-    own_negatives: Tensor | None
+    queries_ND: Tensor | None
+    own_negatives_NKD: Tensor | None
+    passages: bool
+    scale: bool
+
+
+class _RankOne(NamedTuple):
+    """Parts of d loss / d S beside its panels: of pairs of a row and a passage."""
+
+    row_F: Tensor
+    passage_F: Tensor
+    ds_F: Tensor
+
+    def of_rows(self, rows: slice) -> _RankOne:
+        """Those of a range of rows, which are numbered from its start then."""
+        inside_F = (self.row_F >= rows.start) & (self.row_F < rows.stop)
+        row_F, passage_F, ds_F = (x[inside_F] for x in self)
+        return _RankOne(row_F - rows.start, passage_F, ds_F)
 
 
 class _Positives(NamedTuple):
@@ -89,97 +104,168 @@ def tiled_info_nce(
     needs: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The reduced loss and the gradients of the four tensors; cotangents_N are those of reduction="none"."""
-    problem = prepare(queries, passages, scale, own_negatives, o, ranks, overlap=True)
-    g_N = problem.weighted(torch.ones_like(problem.q_ND[:, 0]) if cotangents_N is None else cotangents_N)
-    losses_N, g = tiled_losses(
-        problem, backend, g_N if any(needs) else None, need_queries=needs[0] or needs[2], need_passages=needs[1]
+    problem = prepare(queries, passages, scale, own_negatives, o, ranks, backend)
+    ones_N = torch.ones(queries.shape[0], dtype=problem.scale.dtype, device=queries.device)
+    # times the number of ranks, which an average over ranks takes out again
+    g_N = problem.weighted(ones_N if cotangents_N is None else cotangents_N) * ranks.world
+    wanted = _Wanted(
+        _empty_like(queries) if needs[0] else None,
+        _empty_like(own_negatives) if needs[3] and own_negatives is not None else None,
+        needs[1],
+        needs[2],
     )
-    gradients: list[Tensor | None] = [None] * 4
-    if needs[0]:
-        gradients[0] = _times(g.queries, ranks.world).to(queries.dtype)
-    if needs[1]:
-        gradients[1] = _times(ranks.add_passage_gradients(g.passages), ranks.world).to(passages.dtype)
-    if needs[2]:
-        gradients[2] = ranks.sum(g.scale).to(scale)
-    if needs[3] and own_negatives is not None:
-        gradients[3] = _times(g.own_negatives, ranks.world).to(own_negatives.dtype)
-    return problem.reduced(losses_N), gradients
+    losses_N, dp_MD, dscale = tiled_losses(problem, backend, g_N, wanted, passages.dtype)
+    dp_MD = None if dp_MD is None else ranks.add_passage_gradients(dp_MD).to(passages.dtype)
+    dscale = None if dscale is None else (ranks.sum(dscale) / ranks.world).to(scale)
+    return problem.reduced(losses_N), [wanted.queries_ND, dp_MD, dscale, wanted.own_negatives_NKD]
 
 
-def _times(x: Tensor, factor: int) -> Tensor:
-    return x if factor == 1 else x * factor
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def tiled_losses(
-    problem: Problem, backend: str, cotangents_N: Tensor | None, need_passages: bool = True, need_queries: bool = True
-) -> tuple[Tensor, Gradients | None]:
-    """(N,) unweighted losses as `dense_losses`, and the gradients for the given cotangents of them (None: none).
+    problem: Problem, backend: str, g_N: Tensor, wanted: _Wanted, passages_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(N,) unweighted losses as `dense_losses`, and gradients of their sum with the factors g_N.
 
-    With a group every rank must call this, with the same `need_*`. A gradient that is not needed is left zero; the
-    scale's comes with that of the queries.
+    Those of queries and own negatives go into `wanted`; returned are this rank's contributions to those of all passages
+    (M, D), in the computation's precision, and to the scale's. With a group every rank must call this, and want alike.
     """
-    ranks, wanted = problem.ranks, cotangents_N is not None
+    ranks = problem.ranks
     pos_N = positive_logits(problem)
     margin = margin_of(problem, pos_N)
     own_NK = _own_logits(problem, margin)
     rows_N = Statistics.none(pos_N) if own_NK is None else Statistics.of(own_NK)  # then tile by tile
     layout = layout_of(problem, margin)
+    (n, d), m = problem.q_ND.shape, layout.p_MD.shape[0]
+    queries = _Queries(problem, wanted, own_NK, rows_N)
+    any_wanted = queries.needed or wanted.passages or wanted.own_negatives_NKD is not None
     plan = explain(
-        pos_N.shape[0], layout.p_MD.shape[0], dtype=pos_N.dtype, symmetric=problem.symmetric, device=pos_N.device,
-        workspace_bytes=problem.workspace_bytes, backend=backend, operands=problem.operands,
+        n, m, d=d, dtype=queries.dtype, operands=problem.operands, symmetric=problem.symmetric, device=pos_N.device,
+        workspace_bytes=problem.workspace_bytes, backend=backend,
+        beside=_beside(problem, layout, wanted, passages_dtype),
     )  # fmt: skip
     form = TritonPanels if plan.backend == "triton" else Panels
-    panels = form(problem, layout, plan, need_queries and wanted, need_passages and wanted)
+    panels = form(problem, layout, plan, wanted.passages)
     more_rows, more_columns = _further(problem)
 
     if problem.symmetric:
-        columns_A = Statistics.none(ranks.gather_queries(pos_N))
+        columns_A = Statistics.none(pos_N.new_empty(problem.positives_A.shape[0]))
         for rows in panels.rows():
             panels.take_statistics(rows, rows_N, columns_A)
         columns_A = columns_A.over(ranks)
         terms_A = _terms(columns_A, ranks.gather_queries(pos_N), more_columns, ranks)
         terms_N = _terms(rows_N, pos_N, more_rows)
         loss_N = 0.5 * (terms_N.loss_T + terms_A.loss_T[ranks.own_queries])
-        if not wanted:
-            return loss_N, None
-        g_N = 0.5 * cotangents_N
+        if not any_wanted:
+            return loss_N, None, None
+        g_N = 0.5 * g_N
         g_A = ranks.gather_queries(g_N)
+        dpos_N = _dpos(g_N, terms_N) + _dpos(g_A, terms_A)[ranks.own_queries]
+        further = [*_rank_one(problem, more_rows, g_N, terms_N), *_rank_one(problem, more_columns, g_A, terms_A)]
         factor_N, factor_A = g_N * rows_N.share(terms_N.slope_T), g_A * columns_A.share(terms_A.slope_T)
         for rows in panels.rows():
-            panels.add_products(rows, rows_N, factor_N, columns_A, factor_A)
+            dq_RD = queries.begin(rows)
+            panels.add_products(rows, rows_N, factor_N, columns_A, factor_A, dq_RD)
+            queries.finish(rows, dq_RD, factor_N, dpos_N, further)
     else:
-        g_N, factor_N = cotangents_N, torch.zeros_like(pos_N)
+        factor_N, dpos_N = torch.zeros_like(pos_N), torch.zeros_like(pos_N)
         for rows in panels.rows():
             panels.take_statistics(rows, rows_N)
-            if wanted:
-                part = rows_N.part(rows)
+            if any_wanted:
+                part, g_R = rows_N.part(rows), g_N[rows]
                 more = None if more_rows is None else more_rows.of_terms(rows)
-                factor_N[rows] = g_N[rows] * part.share(_terms(part, pos_N[rows], more).slope_T)
-                panels.add_products(rows, rows_N, factor_N)
+                terms_R = _terms(part, pos_N[rows], more)
+                factor_N[rows], dpos_N[rows] = g_R * part.share(terms_R.slope_T), _dpos(g_R, terms_R)
+                dq_RD = queries.begin(rows)
+                panels.add_products(rows, rows_N, factor_N, dq_RD=dq_RD)
+                queries.finish(rows, dq_RD, factor_N, dpos_N, _rank_one(problem, more, g_R, terms_R))
         terms_N = _terms(rows_N, pos_N, more_rows)
         loss_N = terms_N.loss_T
-        if not wanted:
-            return loss_N, None
+        if not any_wanted:
+            return loss_N, None, None
+        further = _rank_one(problem, more_rows, g_N, terms_N)
 
-    dq_ND, dp_MD = panels.gradients()
-    dpos_N = -g_N * terms_N.slope_own_T / terms_N.count_T
-    _add_further(problem, dq_ND, dp_MD, more_rows, g_N, terms_N)
-    if problem.symmetric:
-        dpos_N -= (g_A * terms_A.slope_own_T / terms_A.count_T)[ranks.own_queries]
-        _add_further(problem, dq_ND, dp_MD, more_columns, g_A, terms_A)
-    dpos_N1 = (dpos_N * problem.scale)[:, None]
-    dq_ND.addcmul_(dpos_N1, problem.positives_ND)
-    if problem.positive_rows is not None:
-        dp_MD[problem.positive_rows].addcmul_(dpos_N1, problem.q_ND)
-    else:
-        dp_MD.index_put_((problem.positives_N,), dpos_N1 * problem.q_ND, accumulate=True)
-    down_NKD = None
-    if own_NK is not None:
-        down_NK = (problem.scale * factor_N)[:, None] * (own_NK - finite_maximum(rows_N.maximum)[:, None]).exp()
-        dq_ND += (down_NK[:, None] @ problem.own_NKD)[:, 0]
-        down_NKD = down_NK[:, :, None] * problem.q_ND[:, None]
-    dscale = row_dots(problem.q_ND, dq_ND).sum() / problem.scale
-    return loss_N, Gradients(dq_ND, dp_MD, dscale, down_NKD)
+    dp_MD = panels.passages()
+    if dp_MD is not None:
+        _add_positives(problem, dp_MD, dpos_N, further)
+    return loss_N, dp_MD, queries.dots_N.sum() / problem.scale if wanted.scale else None
+
+
+class _Queries:
+    """The gradients of a panel's queries and own negatives, finished row by row: beside the products they have parts
+    from positives and own negatives. Their row dots with the queries are the gradient of the scale.
+    """
+
+    def __init__(self, problem: Problem, wanted: _Wanted, own_NK: Tensor | None, rows_N: Statistics) -> None:
+        self.problem, self.wanted, self.own_NK, self.rows_N = problem, wanted, own_NK, rows_N
+        self.needed = wanted.queries_ND is not None or wanted.scale
+        self.dots_N = torch.zeros_like(rows_N.maximum)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The gradients', if they are asked for and narrower than the computation's."""
+        dtype, out_ND = self.problem.scale.dtype, self.wanted.queries_ND
+        return dtype if out_ND is None or dtype == torch.float64 else out_ND.dtype
+
+    def begin(self, rows: slice) -> Tensor | None:
+        """(R, D) to put the products in, in the computation's precision: the result, if it has that."""
+        dtype, q_RD, out_ND = self.problem.scale.dtype, self.problem.q_ND[rows], self.wanted.queries_ND
+        if not self.needed:
+            return None
+        return torch.empty_like(q_RD, dtype=dtype) if out_ND is None or out_ND.dtype != dtype else out_ND[rows]
+
+    def finish(
+        self, rows: slice, dq_RD: Tensor | None, factor_N: Tensor, dpos_N: Tensor, further: list[_RankOne]
+    ) -> None:
+        """Add the other parts; take row dots; store what is not in its place."""
+        problem, scale = self.problem, self.problem.scale
+        if self.own_NK is not None:
+            self._own_negatives(rows, dq_RD, factor_N)
+        if dq_RD is None:
+            return
+        q_RD, dpos_R1 = problem.q_ND[rows], scale * dpos_N[rows, None]
+        for some in further:
+            row_F, passage_F, ds_F = some.of_rows(rows)
+            for block in blocks(row_F.shape[0], q_RD.shape[1]):
+                down_FD = (scale * ds_F[block, None]) * problem.p_MD[passage_F[block]]
+                dq_RD.index_put_((row_F[block],), down_FD, accumulate=True)
+        for block in blocks(*dq_RD.shape):
+            whole = slice(rows.start + block.start, rows.start + block.stop)
+            dq_RD[block].addcmul_(dpos_R1[block], problem.positives(whole))
+            self.dots_N[whole] = row_dots(q_RD[block], dq_RD[block], scale.dtype)
+        out_ND = self.wanted.queries_ND
+        if out_ND is not None and out_ND.dtype != dq_RD.dtype:
+            out_ND[rows] = dq_RD
+
+    def _own_negatives(self, rows: slice, dq_RD: Tensor | None, factor_N: Tensor) -> None:
+        problem, out_NKD = self.problem, self.wanted.own_negatives_NKD
+        offset_R1 = finite_maximum(self.rows_N.maximum[rows])[:, None]
+        down_RK = (problem.scale * factor_N[rows])[:, None] * (self.own_NK[rows] - offset_R1).exp()
+        own_RKD, q_RD = problem.own_NKD[rows], problem.q_ND[rows]
+        for block in blocks(down_RK.shape[0], max(1, own_RKD[0].numel())):
+            down_BK = down_RK[block]
+            if dq_RD is not None:
+                dq_RD[block] += (down_BK[:, None] @ own_RKD[block].to(down_BK.dtype))[:, 0]
+            if out_NKD is not None:
+                out_NKD[rows][block] = down_BK[:, :, None] * q_RD[block, None]
+
+
+def _beside(problem: Problem, layout: Layout, wanted: _Wanted, passages_dtype: torch.dtype) -> int:
+    """Bytes of matrices beside the panels: operands that are copies, and passages' gradients that are not returned."""
+    element = problem.scale.element_size()
+    copied, of_columns = problem.copied_bytes, element * layout.p_MD.numel()
+    if problem.gathering is not None:
+        copied += element * min(BLOCK, problem.q_ND.numel())  # products with one rank's passages
+    if layout.source_M is not None:
+        copied += layout.p_MD.nbytes
+    if not wanted.passages:
+        return copied
+    if layout.source_M is not None:
+        copied += of_columns
+    returned = passages_dtype == problem.scale.dtype and problem.ranks.group is None
+    return copied + (0 if returned else element * problem.passages_MD.numel())
 
 
 def _terms(statistics: Statistics, pos_T: Tensor, further: _Positives | None, ranks: Ranks = ALONE) -> _Terms:
@@ -198,11 +284,18 @@ def _terms(statistics: Statistics, pos_T: Tensor, further: _Positives | None, ra
     return _Terms((loss_T + more_loss_T) / count_T, lse_T, (slope_own_T + more_slope_T) / count_T, slope_own_T, count_T)
 
 
+def _dpos(g_T: Tensor, terms: _Terms) -> Tensor:
+    """d loss / d logit of the terms' own positives."""
+    return -g_T * terms.slope_own_T / terms.count_T
+
+
 def _own_logits(problem: Problem, margin: Margin | None) -> Tensor | None:
     """(N, K) logits of the own negatives, -inf where the margin drops one."""
-    if problem.own_NKD is None:
+    own_NKD, q_ND, dtype = problem.own_NKD, problem.q_ND, problem.scale.dtype
+    if own_NKD is None:
         return None
-    own_NK = problem.scale * (problem.own_NKD @ problem.q_ND[:, :, None])[:, :, 0]
+    rows = blocks(own_NKD.shape[0], max(1, own_NKD[0].numel()))
+    own_NK = torch.cat([(own_NKD[r].to(dtype) @ q_ND[r, :, None].to(dtype))[:, :, 0] for r in rows]).mul_(problem.scale)
     if margin is None:
         return own_NK
     cosine_NK = own_NK * margin.inverse_q_N[:, None] * margin.inverse_own_NK
@@ -222,28 +315,31 @@ def _further(problem: Problem) -> tuple[_Positives | None, _Positives | None]:
     return rows, columns
 
 
-def _blocks(problem: Problem, count: int) -> Iterator[slice]:
-    """Of further positives, so many that vectors of them fit the workspace."""
-    workspace = problem.workspace_bytes or SMALLEST_WORKSPACE
-    step = max(1, workspace // (4 * problem.q_ND.element_size() * problem.q_ND.shape[1]))
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
 def _logits(problem: Problem, row_F: Tensor, passage_F: Tensor) -> Tensor:
-    logit_F = problem.q_ND.new_empty(row_F.shape[0])
-    for block in _blocks(problem, row_F.shape[0]):
-        logit_F[block] = row_dots(problem.q_ND[row_F[block]], problem.p_MD[passage_F[block]])
+    dtype = problem.scale.dtype
+    logit_F = torch.empty_like(row_F, dtype=dtype)
+    for block in blocks(row_F.shape[0], problem.q_ND.shape[1]):
+        logit_F[block] = row_dots(problem.q_ND[row_F[block]], problem.p_MD[passage_F[block]], dtype)
     return logit_F.mul_(problem.scale)
 
 
-def _add_further(
-    problem: Problem, dq_ND: Tensor, dp_MD: Tensor, further: _Positives | None, g_T: Tensor, terms: _Terms
-) -> None:
+def _rank_one(problem: Problem, further: _Positives | None, g_T: Tensor, terms: _Terms) -> list[_RankOne]:
+    """d loss / d logit of further positives, if there are any."""
     if further is None:
-        return
+        return []
     slope_F = term_slope(terms.lse_T[further.term_F], further.logit_F)
-    ds_F = -(problem.scale * g_T / terms.count_T)[further.term_F] * slope_F
-    for block in _blocks(problem, ds_F.shape[0]):
-        row_F, passage_F, ds_F1 = further.row_F[block], further.passage_F[block], ds_F[block, None]
-        dq_ND.index_put_((row_F,), ds_F1 * problem.p_MD[passage_F], accumulate=True)
-        dp_MD.index_put_((passage_F,), ds_F1 * problem.q_ND[row_F], accumulate=True)
+    return [_RankOne(further.row_F, further.passage_F, -(g_T / terms.count_T)[further.term_F] * slope_F)]
+
+
+def _add_positives(problem: Problem, dp_MD: Tensor, dpos_N: Tensor, further: list[_RankOne]) -> None:
+    """What the positives' logits add to the gradients of the passages."""
+    scale, q_ND = problem.scale, problem.q_ND
+    if problem.positive_rows is not None:
+        dp_MD[problem.positive_rows].addcmul_((scale * dpos_N)[:, None], q_ND)
+    else:
+        every_N = torch.arange(q_ND.shape[0], device=q_ND.device)
+        further = [_RankOne(every_N, problem.positives_N, dpos_N), *further]
+    for row_F, passage_F, ds_F in further:
+        for block in blocks(ds_F.shape[0], q_ND.shape[1]):
+            down_FD = (scale * ds_F[block, None]) * q_ND[row_F[block]]
+            dp_MD.index_put_((passage_F[block],), down_FD, accumulate=True)
