@@ -1,5 +1,6 @@
 """Packing and sharing out: every text once, budgets kept, equal texts found, ranks with alike loads."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -82,16 +83,21 @@ def test_micro_batches_are_views_of_one_buffer_also_of_a_given_one():
         assert out is None or np.shares_memory(out, micro_batches[-1].tokens)
 
 
-def test_a_buffer_that_does_not_fit_and_a_text_that_is_not_there_are_refused():
+def test_a_buffer_that_does_not_fit_is_refused():
     tokens, offsets = texts_of([5, 9, 2])
     texts = np.arange(3)
     for out in (np.zeros(15, np.int32), np.zeros(16, np.int64), np.zeros(32, np.int32)[::2]):
         with pytest.raises(ValueError, match="16 or more"):
             pack(texts, tokens, offsets, 14, out=out)
-    for wrong in (-1, 3):
-        for function in (lambda t: pack(t, tokens, offsets, 9), lambda t: distinct(t, tokens, offsets)):
-            with pytest.raises(IndexError, match="does not have"):
-                function(np.array([0, wrong]))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+@pytest.mark.parametrize(
+    "function", [partial(pack, budget=9), partial(distinct, hashes=np.zeros(4, np.uint64)), hash_texts]
+)
+def test_a_text_that_is_not_there_is_refused(function, wrong):
+    with pytest.raises(IndexError, match="does not have"):
+        function(np.array([0, wrong]), *texts_of([5, 9, 2]))
 
 
 def test_no_texts_are_no_micro_batches():
@@ -150,7 +156,7 @@ def test_ranks_get_as_many_rows_and_nearly_as_many_tokens(world, per_rank, sprea
         sizes, totals = np.bincount(ranks, minlength=world), np.bincount(ranks, loads, minlength=world)
         assert ranks.dtype == np.int32
         assert sizes.max() - sizes.min() <= 1
-        assert totals.max() / totals.mean() - 1 <= 0.03
+        assert totals.max() / totals.mean() - 1 <= (0.03 if per_rank == 8 else 0.006)
 
 
 def test_ranks_are_the_same_whoever_asks():

@@ -118,10 +118,10 @@ def distinct(
 def assign(loads: np.ndarray, world: int) -> np.ndarray:
     """Which rank computes which row of a global batch.
 
-    Every rank gets N // world or N // world + 1 rows and nearly the same load. Rows are sorted by load and dealt out in
-    groups of `world`, in every group the largest to the rank with the least so far. So ranks also get alike
-    distributions of lengths: their micro-batches are alike in number and padding. Where ranks have few rows, their
-    loads may still differ; then rows of the most and the least loaded rank are swapped while that helps.
+    Every rank gets N // world or N // world + 1 rows and nearly the same load. Rows are sorted by load and dealt out to
+    the ranks, forwards and backwards by turns, so that all get alike distributions of lengths, and micro-batches alike
+    in number and padding; then rows of the most and the least loaded rank are swapped until these are within half a
+    percent (large batches need no swap) or no swap helps.
 
     Args:
         loads: (N,) int64, what a row costs: the tokens of its texts.
@@ -306,18 +306,12 @@ def _distinct(
 def _assign(loads: np.ndarray, world: int) -> np.ndarray:
     """See `assign`."""
     order = _falling(loads)
-    ranks, totals, by_total = np.empty(len(loads), np.int32), np.zeros(world, np.int64), np.arange(world)
-    for first in range(0, len(loads), world):
-        for k in range(1, world):  # an insertion sort: the ranks by what they have
-            rank, j = by_total[k], k
-            while j and totals[by_total[j - 1]] > totals[rank]:
-                by_total[j] = by_total[j - 1]
-                j -= 1
-            by_total[j] = rank
-        for k in range(min(world, len(loads) - first)):
-            row, rank = order[first + k], by_total[k]
-            ranks[row] = rank
-            totals[rank] += loads[row]
+    ranks, totals = np.empty(len(loads), np.int32), np.zeros(world, np.int64)
+    for i in range(len(loads)):
+        group, k = divmod(i, world)
+        rank = world - 1 - k if group % 2 else k
+        ranks[order[i]] = rank
+        totals[rank] += loads[order[i]]
     for _ in range(4 * world):
         high, low = totals.argmax(), totals.argmin()
         if 200 * world * (totals[high] - totals[low]) <= totals.sum():  # within half a percent
