@@ -1,0 +1,405 @@
+"""Mine hard negatives: for every query, passages that a model takes for its answer although they are not.
+
+python -m hbt_fast.mine --config FILE.yaml --model FOLDER_OR_NAME --out mined.jsonl
+
+Every text is encoded once; the embeddings are kept, so that a second run with other ranks or margins only searches.
+The file written is a source of format jsonl: the rows as they were read, with the negatives they had and those found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+
+from hbt_fast.config import Config, parse, parser
+from hbt_fast.data.draft import sync_folder
+from hbt_fast.data.mining import (
+    ENOUGH,
+    NO_POSITIVE,
+    OWN_CONTENT,
+    SMALL_POOL,
+    TOO_CLOSE,
+    Mined,
+    MiningConfig,
+    Task,
+    Vectors,
+    gather,
+    mine,
+)
+from hbt_fast.data.rows import DataError, Row
+from hbt_fast.data.sources import read_source
+from hbt_fast.data.store import SourceStore, Store, folded
+from hbt_fast.encoder.model import Encoder, EncoderError
+from hbt_fast.evaluate import recorded_prompts
+from hbt_fast.prepare import fingerprint, prepare, source_name, tokenizer_parts
+
+PROGRAM = "hbt_fast.mine"
+CHUNK = 8192  # texts whose embeddings are one file of the cache, which is there whole or not at all
+HELP = {
+    "num_negatives": "negatives for each query (default: %(default)s)",
+    "range_min": "skip so many of the nearest candidates, the likeliest to be unmarked answers; what answers the query "
+    "is not counted (default: %(default)s)",
+    "range_max": "look at so many of the nearest candidates (default: %(default)s)",
+    "absolute_margin": "drop candidates that score above the positive's score minus this; null is off (default: "
+    "%(default)s)",
+    "relative_margin": "drop candidates that score above the positive's score minus this share of it; null is off "
+    "(default: null)",
+    "max_score": "drop candidates that score above this; null is off (default: null)",
+    "min_score": "drop candidates that score below this; null is off (default: null)",
+    "sampling_strategy": "of the candidates that are left: random draws, top takes the nearest (default: %(default)s)",
+    "pool": "language: candidates are the passages in the language of the query's positive, which is the query's own "
+    "if the row has a passage in it; all: the passages of every language (default: %(default)s)",
+    "seed": "of random; the draws are a function of it and the texts (default: %(default)s)",
+}
+
+
+class TextEncoder(Protocol):
+    """What embeds texts: hbt_fast's Encoder, or another that has its `encode`."""
+
+    def encode(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
+        """(n, d) float32 unit vectors."""
+
+
+def main(
+    arguments: list[str] | None = None, load: Callable[[str, Config], tuple[TextEncoder, str]] | None = None
+) -> None:
+    """Mine from the command line and say what was found.
+
+    Args:
+        arguments: of the command line.
+        load: gives the encoder of a model folder or name, and a word for it that changes with its vectors; tests give
+            their own.
+    """
+    try:
+        options, config = settings(sys.argv[1:] if arguments is None else arguments)
+        print(run(options, config, load or load_encoder))
+    except (DataError, EncoderError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def settings(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """What to mine, and the run's settings; what is not an option of this program is taken for one of those."""
+    own = argparse.ArgumentParser(
+        f"python -m {PROGRAM}", description=__doc__.partition("\n\n")[0], allow_abbrev=False, add_help=False
+    )
+    own.add_argument("--help", "-h", action="store_true", help="show this, and the settings of the run")
+    own.add_argument(
+        "--model", metavar="MODEL", help="folder or hub name of the encoder that ranks (default: model.path)"
+    )
+    own.add_argument("--out", metavar="FILE.jsonl", help="where the rows go; {source} in it writes a file per source")
+    own.add_argument("--cache", metavar="DIR", help="where embeddings are kept (default: data.store_dir/embeddings)")
+    own.add_argument("--query_prompt", help="default: the one recorded with the model, else model.query_prompt")
+    own.add_argument("--passage_prompt", help="default: the one recorded with the model, else model.passage_prompt")
+    own.add_argument("--output_scores", action="store_true", help="add the field mined: each one's rank and score")
+    choices = {"sampling_strategy": ("random", "top"), "pool": ("language", "all")}
+    for field in fields(MiningConfig):
+        kind = {"int": int, "float | None": _number}.get(str(field.type))
+        extra = {"choices": choices[field.name]} if kind is None else {"type": kind, "metavar": "N"}
+        own.add_argument(f"--{field.name}", default=field.default, help=HELP[field.name], **extra)
+    options, others = own.parse_known_args(list(arguments))
+    if options.help:
+        own.print_help()
+        print("\nThe settings of the run, as --config FILE.yaml and overrides (model.* and data.* are used):\n")
+        parser(PROGRAM, "").print_help()
+        sys.exit(0)
+    try:
+        config = parse(PROGRAM, __doc__.splitlines()[0], others)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise DataError(stop.code.removeprefix(f"{PROGRAM}: ")) from None
+        raise
+    options.mining = MiningConfig(**{field.name: getattr(options, field.name) for field in fields(MiningConfig)})
+    options.mining.check()
+    options.model = options.model or config.model.path
+    if options.model is None:
+        raise DataError("which model ranks the passages? Give --model FOLDER_OR_NAME")
+    if options.out is None or not options.out.endswith(".jsonl"):
+        raise DataError(f"--out is {options.out or 'missing'}; name the file to write, ending in .jsonl")
+    return options, config
+
+
+def _number(text: str) -> float | None:
+    return None if text in ("null", "None", "none") else float(text)
+
+
+def run(options: argparse.Namespace, config: Config, load: Callable[[str, Config], tuple[TextEncoder, str]]) -> str:
+    """Mine; returns the summary.
+
+    Raises:
+        DataError: FAISS is missing, the data cannot be read, or changed while it was mined.
+        EncoderError: the model cannot be loaded.
+    """
+    try:
+        import faiss  # noqa: F401 - nobody should wait for the embeddings to learn that it is missing
+    except ImportError as error:
+        raise DataError(f"mining searches with FAISS: pip install faiss-cpu, or faiss-gpu ({error})") from None
+    progress = sys.stderr.isatty()
+    prompts, note = _prompts(options, config)
+    store, _ = prepare(config)
+    task = gather(store)
+    print(f"{store.rows:,} rows, {len(task.questions):,} queries, {len(task.passage_texts):,} distinct passages")
+    print(note, flush=True)
+    encoder, name = load(options.model, config)
+    folder = Path(options.cache) if options.cache else Path(config.data.store_dir) / "embeddings"
+    vectors = [
+        embed(encoder, store, texts, prompt, folder, name, progress)
+        for texts, prompt in zip((task.query_texts, task.passage_texts), prompts, strict=True)
+    ]
+    found = mine(task, *vectors, options.mining, progress=progress)
+    paths = write(options.out, config, store, task, found, options.output_scores)
+    return summary(task, found, options.mining) + "\nwrote " + ", ".join(map(str, paths))
+
+
+def _prompts(options: argparse.Namespace, config: Config) -> tuple[list[str], str]:
+    """The prompts of queries and passages, and a line that says where they are from."""
+    recorded, chosen, notes = recorded_prompts(options.model), [], []
+    for kind in ("query", "passage"):
+        given = getattr(options, f"{kind}_prompt")
+        if given is not None:
+            prompt, origin = given, "command line"
+        elif kind in recorded:
+            prompt, origin = recorded[kind], "recorded with the model"
+        else:
+            prompt, origin = getattr(config.model, f"{kind}_prompt"), f"model.{kind}_prompt"
+        chosen.append(prompt)
+        notes.append(f"{kind} prompt {prompt!r} ({origin})")
+    return chosen, ", ".join(notes)
+
+
+def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
+    """The encoder, on a GPU if there is one, and a hash of all that its vectors depend on besides prompt and text."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device == "cuda")
+    try:
+        encoder = Encoder.from_pretrained(
+            model, pooling=config.model.pooling, autocast=torch.bfloat16 if bf16 else None
+        )
+    except ValueError as error:  # a broken config, an unknown architecture: the user's to mend
+        raise EncoderError(str(error)) from None
+    encoder.max_length = min(encoder.max_length, config.model.max_length)
+    shape = {key: value for key, value in encoder.model.config.to_dict().items() if key != "_name_or_path"}
+    parts: list[object] = [
+        shape,
+        encoder.pooling,
+        encoder.max_length,
+        bf16,
+        device,
+        *tokenizer_parts(encoder.tokenizer),
+    ]
+    for key, tensor in encoder.model.state_dict().items():
+        parts += [key, fingerprint_array(tensor.contiguous().numpy())]
+    return encoder.to(device), fingerprint(parts)
+
+
+def fingerprint_array(array: np.ndarray) -> str:
+    """A hash of an array's shape and bytes."""
+    import xxhash
+
+    return f"{array.shape} {xxhash.xxh3_128_hexdigest(array.tobytes())}"
+
+
+def embed(
+    encoder: TextEncoder, store: Store, texts: np.ndarray, prompt: str, folder: Path, name: str, progress: bool
+) -> Vectors:
+    """Embed texts, or find them in the cache.
+
+    Chunks of a source's texts are files named after all that goes in: an interrupted run goes on at its chunk, and a
+    source that is added or removed leaves the others' alone.
+
+    Args:
+        encoder: of the texts.
+        store: where the texts are.
+        texts: (n,) TEXT: which ones.
+        prompt: before each.
+        folder: of the cache.
+        name: of the encoder.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        a function from numbers in `texts`, (m,), to vectors, (m, d) float32.
+
+    Raises:
+        DataError: the encoder gave something that is no vector.
+    """
+    from tqdm import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks: list[np.ndarray] = []
+    starts: list[int] = []
+    with tqdm(total=len(texts), desc="encoding", unit=" texts", unit_scale=True, disable=not progress) as bar:
+        for number, source in enumerate(store.sources):
+            of_source = np.flatnonzero(texts["source"] == number)
+            for start in range(0, len(of_source), CHUNK):
+                numbers = texts["number"][of_source[start : start + CHUNK]]
+                starts.append(int(of_source[start]))
+                chunks.append(_chunk(encoder, [source.text(n) for n in numbers], prompt, folder, name))
+                bar.update(len(numbers))
+    edges = np.array(starts)
+
+    def vectors(wanted: np.ndarray) -> np.ndarray:
+        out = np.empty((len(wanted), chunks[0].shape[1]), np.float32)
+        of = np.searchsorted(edges, wanted, "right") - 1
+        for chunk in np.unique(of):
+            here = np.flatnonzero(of == chunk)
+            out[here] = chunks[chunk][wanted[here] - edges[chunk]]
+        return out
+
+    return vectors
+
+
+def _chunk(encoder: TextEncoder, texts: list[str], prompt: str, folder: Path, name: str) -> np.ndarray:
+    """The vectors of a chunk of texts, memory-mapped."""
+    path = folder / f"{fingerprint([name, prompt, texts])}.npy"
+    for _ in range(2):
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            if found.dtype == np.float32 and found.ndim == 2 and len(found) == len(texts):
+                return found
+        except (FileNotFoundError, ValueError, EOFError):  # not there, or damaged
+            pass
+        made = np.ascontiguousarray(encoder.encode(texts, prompt), np.float32)
+        if not np.isfinite(made).all():
+            raise DataError(
+                "the model gave vectors with NaN or infinity; is it damaged, or does it need train.precision fp32?"
+            )
+        begun = path.with_suffix(f".{os.getpid()}.begun")
+        with open(begun, "wb") as file:
+            np.save(file, made)
+            _rename([(file, begun, path)])
+    raise DataError(f"{path}: cannot be read back")
+
+
+def _rename(files: list[tuple[Any, Path, Path]]) -> None:
+    """Give files that are written whole their names."""
+    for file, _, _ in files:
+        file.flush()
+        os.fsync(file.fileno())
+    for _, begun, path in files:
+        begun.replace(path)
+        sync_folder(path.parent)
+
+
+def write(out: str, config: Config, store: Store, task: Task, found: Mined, scores: bool = False) -> list[Path]:
+    """Write the rows as they were read, each with the negatives it had and those found, as JSON Lines.
+
+    Args:
+        out: the file; {source} in it stands for a source's name.
+        config: says where the rows are read.
+        store: of the same rows.
+        task: of the store.
+        found: its negatives.
+        scores: write the ranks and scores too.
+
+    Returns:
+        the files. Before all are whole, none has its name.
+
+    Raises:
+        DataError: the rows are no longer those of the store.
+    """
+    paths = [Path(out.replace("{source}", source.name.replace(os.sep, "-"))) for source in store.sources]
+    shared = {path for path, count in Counter(paths).items() if count > 1}
+    files: dict[Path, tuple[TextIO, Path, Path]] = {}
+    try:
+        with ExitStack() as stack:
+            for number, (source, path) in enumerate(zip(store.sources, paths, strict=True)):
+                if path not in files:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    begun = path.with_name(path.name + ".begun")
+                    files[path] = stack.enter_context(open(begun, "w", encoding="utf-8", newline="\n")), begun, path
+                for row, own in _rows(config, source, number, task):
+                    record = _record(row, store, task, found, own, scores)
+                    if path in shared:  # content ids are those of one source
+                        record["source"] = source.name
+                        record |= {} if row.content is None else {"content": f"{source.name}:{row.content}"}
+                    files[path][0].write(json.dumps(record, ensure_ascii=False) + "\n")
+            _rename(list(files.values()))
+    finally:
+        for _, begun, _ in files.values():
+            begun.unlink(missing_ok=True)
+    return list(files)
+
+
+def _rows(config: Config, source: SourceStore, number: int, task: Task) -> Iterator[tuple[Row, np.ndarray]]:
+    """The rows of a source of the store, as they were read, with the numbers of their questions."""
+    data = config.data
+    languages = tuple(data.languages) if data.languages else None
+    settings = [given for given in data.sources if source_name(given) == source.name]
+    rows = chain.from_iterable(read_source(given, languages, data.on_error) for given in settings)
+    first, last = np.searchsorted(task.questions["source"], [number, number + 1])
+    ends = first + np.searchsorted(task.questions["row"][first:last], np.arange(source.rows), "right")
+    count = 0
+    for count, row in enumerate(rows, 1):
+        own = np.arange(first if count == 1 else ends[count - 2], ends[min(count, source.rows) - 1])
+        asked = [source.text(task.query_texts["number"][t]) for t in task.questions["text"][own]]
+        if count > source.rows or sorted(asked) != sorted(row.queries.values()):
+            raise DataError(f"{row.where}: this row has changed since its source was prepared; run again")
+        yield row, own
+    if count != source.rows:
+        raise DataError(f"source {source.name!r} has fewer rows than when it was prepared; run again")
+
+
+def _record(row: Row, store: Store, task: Task, found: Mined, own: np.ndarray, scores: bool) -> dict[str, Any]:
+    """A row as an object of a JSON Lines source."""
+    negatives = {code: list(texts) for code, texts in row.negatives.items()}
+    known = {code: {folded(text) for text in texts} for code, texts in negatives.items()}
+    mined = {}
+    for question in own:
+        details = []
+        passages = found.passages[question]
+        for nth, passage in enumerate(task.passages[passages[passages >= 0]]):
+            code = store.languages[passage["language"]]
+            source, number = task.passage_texts[passage["text"]]
+            text = store.sources[source].text(number)
+            if (key := folded(text)) not in known.setdefault(code, set()):
+                known[code].add(key)
+                negatives.setdefault(code, []).append(text)
+            facts = int(found.ranks[question, nth]), round(float(found.scores[question, nth]), 6)
+            details.append({"rank": facts[0], "score": facts[1], "language": code, "text": text})
+        if not np.isnan(found.positives[question]):
+            score = round(float(found.positives[question]), 6)
+            mined[store.languages[task.questions["language"][question]]] = {"positive": score, "negatives": details}
+    record: dict[str, Any] = {"query": row.queries, "passage": row.passages}
+    record |= {"negatives": negatives} if negatives else {}
+    record |= {"content": row.content} if row.content is not None else {}
+    return record | ({"mined": mined} if scores else {})
+
+
+def summary(task: Task, found: Mined, settings: MiningConfig) -> str:
+    """What was found, as text."""
+    counts = (found.passages >= 0).sum(1)
+    lines = [f"{len(counts):,} queries, {counts.mean():.2f} negatives each ({settings.num_negatives} asked for)"]
+    if counts.any():
+        ranks, scores = found.ranks[found.passages >= 0], found.scores[found.passages >= 0]
+        lines.append(
+            f"mean score {np.nanmean(found.positives):.4f} of positives, {scores.mean():.4f} of negatives, whose "
+            f"median rank is {np.median(ranks):.0f}"
+        )
+    reasons = {
+        TOO_CLOSE: "the others of their ranks score too near the positive (margins, max_score) or below min_score",
+        OWN_CONTENT: "the others are of the query's own content",
+        SMALL_POOL: "the pool has no more candidates beyond range_min",
+        NO_POSITIVE: "their row has no passage that is not the query itself",
+    }
+    short = int((found.why != ENOUGH).sum())
+    if short:
+        lines.append(f"{short:,} queries have fewer than asked for, {int((counts == 0).sum()):,} have none:")
+        lines += [f"  {n:>9,}  {text}" for why, text in reasons.items() if (n := int((found.why == why).sum()))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
