@@ -48,7 +48,7 @@ def switched(text, source="en", config=ALWAYS, key=0, seed=0, target=None, **tab
         ("don't DON’T do", "nicht NICHT do"),
         ("it's t s 's", "it's TE ES 'ES"),  # t and s are words of this lexicon, but not where they hang on another
         ("Ice cream, ice  cream, ice-cream, ice\ncream", "Speiseeis, speiseeis, ice-cream, ice\ncream"),
-        ("GOOD MORNING good day", "GUTEN MORGEN gut day"),
+        ("GOOD MORNING Good morning good day", "GUTEN MORGEN Guten Morgen gut day"),
         ("a b c a b d", "abc ab d"),
         ("new york city hall", "new york city hall"),  # four words are more than are looked for
         ("Straße strasse", "Weg weg"),

@@ -151,20 +151,34 @@ def _side(number: dict[str, int], ids: array, ends: array, min_count: int, max_v
     return _Side(tokens[tokens >= 0], before[np.frombuffer(ends, np.int64)], [words[i] for i in order])
 
 
-def _best(source: _Side, target: _Side, iterations: int) -> np.ndarray:
-    """For each target token the number of the source word that it most likely translates; len(source.words) is NULL."""
+class _Model(NamedTuple):
+    """Where words stand and p(target | source) of each pair that shares a sentence; see the legend below."""
+
+    places: np.ndarray  # int64 (T + S,)
+    starts: np.ndarray  # int64 (words + 2,)
+    targets: np.ndarray  # int32 (pairs,)
+    rows: np.ndarray  # int64 (words + 2,)
+    p: np.ndarray  # float64 (pairs,)
+
+
+def _train(source: _Side, target: _Side, iterations: int) -> _Model:
+    """Model 1 after so many iterations, from a uniform start. NULL is word number len(source.words)."""
     sentences = len(source.offsets) - 1
-    lengths = np.diff(source.offsets)
-    of = np.repeat(np.arange(sentences), lengths)  # sentence of each token
+    of = np.repeat(np.arange(sentences), np.diff(source.offsets))  # sentence of each token
     by_word = np.argsort(source.tokens, kind="stable")
     places = np.concatenate([of[by_word], np.arange(sentences)])  # NULL is in every sentence
     uses = np.append(np.bincount(source.tokens, minlength=len(source.words)), sentences)
     starts = np.concatenate([[0], np.cumsum(uses)])
     targets, rows = _together(places, starts, target.tokens, target.offsets, len(target.words))
-    p = np.ones(len(targets))
+    model = _Model(places, starts, targets, rows, np.ones(len(targets)))
     for _ in range(iterations):
-        _iterate(places, starts, target.tokens, target.offsets, targets, rows, p, len(target.words))
-    return _likeliest(places, starts, target.tokens, target.offsets, targets, rows, p, len(target.words))
+        _iterate(*model, target.tokens, target.offsets, len(target.words))
+    return model
+
+
+def _best(source: _Side, target: _Side, iterations: int) -> np.ndarray:
+    """For each target token the number of the source word that it most likely translates; len(source.words) is NULL."""
+    return _likeliest(*_train(source, target, iterations), target.tokens, target.offsets, len(target.words))
 
 
 # Legend of the functions below: word s of the source stands in the sentences places[starts[s] : starts[s + 1]], once
@@ -197,7 +211,7 @@ def _together(places, starts, tokens, offsets, vocabulary):  # noqa: ANN001
 
 
 @njit(cache=True, nogil=True)
-def _iterate(places, starts, tokens, offsets, targets, rows, p, vocabulary):  # noqa: ANN001
+def _iterate(places, starts, targets, rows, p, tokens, offsets, vocabulary):  # noqa: ANN001
     """One step of expectation maximisation, on p in place."""
     total = np.zeros(len(tokens))  # of each target token: sum of p over its sentence's source words
     spread, counts = np.zeros(vocabulary), np.zeros(vocabulary)
@@ -222,7 +236,7 @@ def _iterate(places, starts, tokens, offsets, targets, rows, p, vocabulary):  # 
 
 
 @njit(cache=True, nogil=True)
-def _likeliest(places, starts, tokens, offsets, targets, rows, p, vocabulary):  # noqa: ANN001
+def _likeliest(places, starts, targets, rows, p, tokens, offsets, vocabulary):  # noqa: ANN001
     """The likeliest source word of each target token; of equals the most frequent word, NULL last."""
     best, value = np.zeros(len(tokens), np.int32), np.full(len(tokens), -1.0)
     spread = np.zeros(vocabulary)

@@ -26,11 +26,9 @@ TSHEG = "\u0f0b"  # stands between the syllables of Tibetan, inside words as wel
 _SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 # what words of these scripts are made of: letters, marks, the long-vowel sign (of no one script), the tsheg; no digits
 UNSPACED = rf"[[[{_SCRIPTS}]&&[\p{{L}}\p{{M}}\u3007]]\u30fc{TSHEG}]"
-_LETTER = r"[\w\p{M}\u200c\u200d]"  # a mark or a joiner (Persian, Hindi) does not end a word
-WORD = regex.compile(rf"(?V1)({UNSPACED}[{UNSPACED}\p{{M}}]*|[{_LETTER}--{UNSPACED}]+)")
-SPACED_WORD = regex.compile(
-    rf"({_LETTER}+)"
-)  # the same, many times faster, where no character of `BLOCKS` is in the text
+# regex's \w, unlike re's, holds marks and joiners (Hindi, Persian), which do not end a word
+WORD = regex.compile(rf"(?V1)({UNSPACED}[{UNSPACED}\p{{M}}]*|[\w--{UNSPACED}]+)")
+SPACED_WORD = regex.compile(r"(\w+)")  # the same, many times faster, where no character of `BLOCKS` is in the text
 ASCII_WORD = re.compile(r"(\w+)", re.ASCII)  # and faster again
 BLOCKS = re.compile(
     "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u31ff\u3220-\u9fff\ua9e0-\uaa7f\uf900-\ufaff\uff66-\uff9f"
