@@ -23,6 +23,7 @@ TRAIN = [
     "fsspec>=2024.6",  # .gz, .zip members, globs
     "langcodes>=3.5",  # one code per language, whatever the source calls it
     "xxhash>=3.4",  # hashes of texts and files
+    "regex>=2024.4",  # words of every script, for code-switching
     "Babel>=2.16",  # CLDR: the embedded demo
     "matplotlib>=3.9",  # loss curves, heat maps
     "tensorboard>=2.17",  # event files
@@ -47,6 +48,7 @@ EXTRAS = {
         "pytest-benchmark>=5.1",  # bench/
         "pytrec-eval-terrier>=0.5.6",  # the oracle of the retrieval metrics
         "hypothesis>=6.100",  # draws the loss's options
+        "scipy>=1.11",  # chi-square tests of what the batch plan draws
         "gradcache>=0.0.1",  # its cache step runs our loss in a test
         "ruff>=0.12",
     ],
@@ -99,6 +101,8 @@ setup(
             "hbt-train = hbt_fast.train:main",
             "hbt-prepare = hbt_fast.prepare:main",
             "hbt-plan = hbt_fast.plan:main",
+            "hbt-mine = hbt_fast.mine:main",
+            "hbt-lexicon = hbt_fast.lexicon:main",
             "hbt-evaluate = hbt_fast.evaluate:main",
         ]
     },
