@@ -48,7 +48,7 @@ from hbt_fast.data.strata import (
     unmap,
 )
 
-MAPPED = 1 << 16  # after so many pairs the store's pages are unmapped
+MAPPED = 1 << 15  # after so many pairs the store's pages are unmapped
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ class BatchPlanner:
             stratum.rows,
             stratum.content_offsets,
             stratum.contents,
+            stratum.contents == source.contents,
             self.weights[stratum.source],
             position * size,
             size,
@@ -215,6 +216,7 @@ def _draw(
     rows: np.ndarray,
     content_offsets: np.ndarray,
     contents: int,
+    whole: bool,
     weights: np.ndarray,
     position: int,
     size: int,
@@ -240,7 +242,9 @@ def _draw(
             out_rows[i] = rows[out_rows[i]]
     for i in range(size):
         begins[i], ends[i] = span(fields.offsets, out_rows[i])
-        out_contents[i] = fields.contents[out_rows[i]] if len(fields.contents) else out_rows[i]
+    if not whole:  # else the stratum counts contents as the source does
+        for i in range(size):
+            out_contents[i] = fields.contents[out_rows[i]] if len(fields.contents) else out_rows[i]
     for i in range(size):
         queries[i], passages[i] = _propose(fields, wanted, begins[i], ends[i], epoch_key, 0)
     if wanted.query_language == ANY:
