@@ -18,8 +18,9 @@ from contextlib import ExitStack
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
+import docstring_parser
 import numpy as np
 
 from hbt_fast.config import Config, parse, parser
@@ -45,42 +46,13 @@ from hbt_fast.evaluate import recorded_prompts
 from hbt_fast.prepare import fingerprint, prepare, source_name, tokenizer_parts
 
 PROGRAM = "hbt_fast.mine"
+CHOICES = {"sampling_strategy": ("random", "top"), "pool": ("language", "all")}
 CHUNK = 8192  # texts whose embeddings are one file of the cache, which is there whole or not at all
-HELP = {
-    "num_negatives": "negatives for each query (default: %(default)s)",
-    "range_min": "skip so many of the nearest candidates, the likeliest to be unmarked answers; what answers the query "
-    "is not counted (default: %(default)s)",
-    "range_max": "look at so many of the nearest candidates (default: %(default)s)",
-    "absolute_margin": "drop candidates that score above the positive's score minus this; null is off (default: "
-    "%(default)s)",
-    "relative_margin": "drop candidates that score above the positive's score minus this share of it; null is off "
-    "(default: null)",
-    "max_score": "drop candidates that score above this; null is off (default: null)",
-    "min_score": "drop candidates that score below this; null is off (default: null)",
-    "sampling_strategy": "of the candidates that are left: random draws, top takes the nearest (default: %(default)s)",
-    "pool": "language: candidates are the passages in the language of the query's positive, which is the query's own "
-    "if the row has a passage in it; all: the passages of every language (default: %(default)s)",
-    "seed": "of random; the draws are a function of it and the texts (default: %(default)s)",
-}
+Load = Callable[[str, Config], tuple[Any, str]]  # model -> an encoder, and a word that changes with its vectors
 
 
-class TextEncoder(Protocol):
-    """What embeds texts: hbt_fast's Encoder, or another that has its `encode`."""
-
-    def encode(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
-        """(n, d) float32 unit vectors."""
-
-
-def main(
-    arguments: list[str] | None = None, load: Callable[[str, Config], tuple[TextEncoder, str]] | None = None
-) -> None:
-    """Mine from the command line and say what was found.
-
-    Args:
-        arguments: of the command line.
-        load: gives the encoder of a model folder or name, and a word for it that changes with its vectors; tests give
-            their own.
-    """
+def main(arguments: list[str] | None = None, load: Load | None = None) -> None:
+    """Mine from the command line and say what was found; `load` is there for tests."""
     try:
         options, config = settings(sys.argv[1:] if arguments is None else arguments)
         print(run(options, config, load or load_encoder))
@@ -103,11 +75,13 @@ def settings(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     own.add_argument("--query_prompt", help="default: the one recorded with the model, else model.query_prompt")
     own.add_argument("--passage_prompt", help="default: the one recorded with the model, else model.passage_prompt")
     own.add_argument("--output_scores", action="store_true", help="add the field mined: each one's rank and score")
-    choices = {"sampling_strategy": ("random", "top"), "pool": ("language", "all")}
+    described = {entry.arg_name: entry.description for entry in docstring_parser.parse(MiningConfig.__doc__).params}
     for field in fields(MiningConfig):
-        kind = {"int": int, "float | None": _number}.get(str(field.type))
-        extra = {"choices": choices[field.name]} if kind is None else {"type": kind, "metavar": "N"}
-        own.add_argument(f"--{field.name}", default=field.default, help=HELP[field.name], **extra)
+        kinds = {"int": int, "float | None": _number}
+        extra = {"type": kinds[field.type], "metavar": "N"} if field.type in kinds else {}
+        extra |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
+        text = f"{' '.join(described[field.name].split())} (default: %(default)s)"
+        own.add_argument(f"--{field.name}", default=field.default, help=text, **extra)
     options, others = own.parse_known_args(list(arguments))
     if options.help:
         own.print_help()
@@ -134,7 +108,7 @@ def _number(text: str) -> float | None:
     return None if text in ("null", "None", "none") else float(text)
 
 
-def run(options: argparse.Namespace, config: Config, load: Callable[[str, Config], tuple[TextEncoder, str]]) -> str:
+def run(options: argparse.Namespace, config: Config, load: Load) -> str:
     """Mine; returns the summary.
 
     Raises:
@@ -181,6 +155,7 @@ def _prompts(options: argparse.Namespace, config: Config) -> tuple[list[str], st
 def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
     """The encoder, on a GPU if there is one, and a hash of all that its vectors depend on besides prompt and text."""
     import torch
+    import xxhash
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device == "cuda")
@@ -192,42 +167,19 @@ def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
         raise EncoderError(str(error)) from None
     encoder.max_length = min(encoder.max_length, config.model.max_length)
     shape = {key: value for key, value in encoder.model.config.to_dict().items() if key != "_name_or_path"}
-    parts: list[object] = [
-        shape,
-        encoder.pooling,
-        encoder.max_length,
-        bf16,
-        device,
-        *tokenizer_parts(encoder.tokenizer),
-    ]
+    parts = [shape, encoder.pooling, encoder.max_length, bf16, device, *tokenizer_parts(encoder.tokenizer)]
     for key, tensor in encoder.model.state_dict().items():
-        parts += [key, fingerprint_array(tensor.contiguous().numpy())]
+        parts += [key, tensor.shape, xxhash.xxh3_128_hexdigest(tensor.contiguous().numpy())]
     return encoder.to(device), fingerprint(parts)
 
 
-def fingerprint_array(array: np.ndarray) -> str:
-    """A hash of an array's shape and bytes."""
-    import xxhash
-
-    return f"{array.shape} {xxhash.xxh3_128_hexdigest(array.tobytes())}"
-
-
 def embed(
-    encoder: TextEncoder, store: Store, texts: np.ndarray, prompt: str, folder: Path, name: str, progress: bool
+    encoder: Encoder, store: Store, texts: np.ndarray, prompt: str, folder: Path, name: str, progress: bool
 ) -> Vectors:
-    """Embed texts, or find them in the cache.
+    """Embed texts (n,) TEXT of the store, or find them in the cache.
 
-    Chunks of a source's texts are files named after all that goes in: an interrupted run goes on at its chunk, and a
-    source that is added or removed leaves the others' alone.
-
-    Args:
-        encoder: of the texts.
-        store: where the texts are.
-        texts: (n,) TEXT: which ones.
-        prompt: before each.
-        folder: of the cache.
-        name: of the encoder.
-        progress: show a progress bar on stderr.
+    Chunks of a source's texts are files named after all that goes in (`name` stands for the encoder): an interrupted
+    run goes on at its chunk, and a source that is added or removed leaves the others' alone.
 
     Returns:
         a function from numbers in `texts`, (m,), to vectors, (m, d) float32.
@@ -261,7 +213,7 @@ def embed(
     return vectors
 
 
-def _chunk(encoder: TextEncoder, texts: list[str], prompt: str, folder: Path, name: str) -> np.ndarray:
+def _chunk(encoder: Encoder, texts: list[str], prompt: str, folder: Path, name: str) -> np.ndarray:
     """The vectors of a chunk of texts, memory-mapped."""
     path = folder / f"{fingerprint([name, prompt, texts])}.npy"
     for _ in range(2):
@@ -296,16 +248,7 @@ def _rename(files: list[tuple[Any, Path, Path]]) -> None:
 def write(out: str, config: Config, store: Store, task: Task, found: Mined, scores: bool = False) -> list[Path]:
     """Write the rows as they were read, each with the negatives it had and those found, as JSON Lines.
 
-    Args:
-        out: the file; {source} in it stands for a source's name.
-        config: says where the rows are read.
-        store: of the same rows.
-        task: of the store.
-        found: its negatives.
-        scores: write the ranks and scores too.
-
-    Returns:
-        the files. Before all are whole, none has its name.
+    `out` may have {source} for the name of each row's source. Until all files are whole, none has its name.
 
     Raises:
         DataError: the rows are no longer those of the store.

@@ -95,6 +95,24 @@ def test_rows_of_equal_texts_or_content_ids_are_one_content(tokenizer, tmp_path_
     assert (len(store.row_contents) == 0) == (store.contents == len(rows))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("A  b", "a\tB ", True),
+        ("ﬁne", "FINE", True),
+        ("Straße", "STRASSE", True),
+        ("１２", "12", True),
+        ("a b", "ab", False),
+        ("é", "e", False),
+    ],
+)
+def test_texts_are_equal_after_compatibility_case_and_white_space(tokenizer, tmp_path, one, other, same):
+    rows = [Row({"en": "q"}, {"en": one}), Row({"en": "r"}, {"de": other}), Row({"en": other}, {"en": one})]
+    store = build_source(tmp_path / "s", "s", rows, tokenizer, Role("", 9), Role("", 9), progress=False)
+    assert store.contents == (1 if same else 2)
+    assert bool(store.field_mono[-1]) != same
+
+
 def test_a_key_that_all_rows_have_does_not_fill_a_bucket(tmp_path):
     seen = []
     original = np.fromfile

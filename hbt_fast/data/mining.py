@@ -1,10 +1,9 @@
 """Hard negatives: for every query, passages that a model ranks high although they do not answer it.
 
 The candidates are the passages of the store itself, each distinct text once (compared like contents: after Unicode and
-case folding). FAISS finds the nearest ones a block of queries at a time; their scores are then computed again in
-float64, in a fixed order, and ranked by (score, then the order in which the passages were read). FAISS is asked for
-more until nothing that it left out could belong among those that are ranked, so what comes out is what sorting all
-candidates would give, whatever the block, the number of threads or the device.
+case folding). FAISS finds the nearest ones of a block of queries; their scores are computed again in float64, in one
+order, and ranked by (score, order in which the passages were read). FAISS is asked for more until nothing that it left
+out could be among them: what comes out is what sorting all candidates gives, whatever the block, threads or device.
 
 Shape legend: Q questions, P passages, M candidates of a pool, k nearest ones, n negatives asked for, d dimensions.
 """
@@ -51,8 +50,7 @@ class MiningConfig:
         relative_margin: drop candidates that score above the positive's score minus this share of it; null is off.
         max_score: drop candidates that score above this; null is off.
         min_score: drop candidates that score below this; null is off.
-        sampling_strategy: top takes the nearest of what is left; random draws from it, as a function of the seed and
-            the texts.
+        sampling_strategy: top takes the nearest of what is left; random draws, a function of the seed and the texts.
         pool: language takes candidates in the language of the query's positive, which is the query's own wherever the
             row has a passage in it; all takes candidates of every language.
         seed: of random.
@@ -238,13 +236,8 @@ def mine(task: Task, queries: Vectors, passages: Vectors, settings: MiningConfig
 
     settings.check()
     count, wanted, asked = len(task.questions), settings.num_negatives, task.questions
-    found = Mined(
-        passages=np.full((count, wanted), -1),
-        ranks=np.zeros((count, wanted), np.int64),
-        scores=np.full((count, wanted), np.nan),
-        positives=np.full(count, np.nan),
-        why=np.full(count, NO_POSITIVE, np.int8),
-    )
+    each = (np.full((count, wanted), nothing) for nothing in (-1, 0, np.nan))
+    found = Mined(*each, np.full(count, np.nan), np.full(count, NO_POSITIVE, np.int8))
     with tqdm(total=count, desc="searching", unit=" queries", unit_scale=True, disable=not progress) as bar:
         for members, candidates in _pools(task, settings.pool):
             vectors_Md = passages(task.passages["text"][candidates])
@@ -254,7 +247,7 @@ def mine(task: Task, queries: Vectors, passages: Vectors, settings: MiningConfig
                 positives_Qd = passages(task.passages["text"][asked["positive"][some]])
                 found.positives[some] = _dots(vectors_Qd, positives_Qd, np.arange(len(some))[:, None])[:, 0]
                 for part, *nearest in _nearest(task, some, vectors_Qd, candidates, vectors_Md, settings.range_max):
-                    _choose(task, part, *nearest, len(candidates), settings, found)
+                    _choose(task, part, nearest, len(candidates), settings, found)
                 bar.update(len(some))
     return found
 
@@ -296,22 +289,17 @@ def _nearest(
             # whole: all candidates are here, or the last one that is needed is clearly nearer than what was left out
             last = scores_Qk[np.arange(len(some)), np.argmax(ranks_Qk == needed, axis=1)]
             whole = (ranks_Qk.max(1) >= needed) & (last > rough_Qk[:, -1] + ROUNDING) | (k == len(candidates))
-            yield questions[some[whole]], scores_Qk[whole], candidates[places_Qk[whole]], ranks_Qk[whole]
+            if whole.any():
+                yield questions[some[whole]], scores_Qk[whole], candidates[places_Qk[whole]], ranks_Qk[whole]
             later.append(some[~whole])
         pending, k = np.concatenate(later), min(len(candidates), 2 * k)
 
 
 def _choose(
-    task: Task,
-    questions: np.ndarray,
-    scores_Qk: np.ndarray,
-    passages_Qk: np.ndarray,
-    ranks_Qk: np.ndarray,
-    pool: int,
-    settings: MiningConfig,
-    found: Mined,
+    task: Task, questions: np.ndarray, nearest: list[np.ndarray], pool: int, settings: MiningConfig, found: Mined
 ) -> None:
-    """Take the negatives of questions from their nearest candidates, of a pool of so many."""
+    """Take the negatives of questions from their nearest candidates (see _nearest), of a pool of so many."""
+    scores_Qk, passages_Qk, ranks_Qk = nearest
     asked, given, wanted = task.questions[questions], task.passages, settings.num_negatives
     ranked = (ranks_Qk > settings.range_min) & (ranks_Qk <= settings.range_max)
     fits = ranked & (scores_Qk <= settings.ceiling(found.positives[questions])[:, None])
