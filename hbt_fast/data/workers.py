@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 from collections import deque
@@ -16,7 +15,7 @@ from typing import Any
 
 from hbt_fast.data import tokenise
 from hbt_fast.data.rows import DataError
-from hbt_fast.data.tokenise import PlainRow, RowError
+from hbt_fast.data.tokenise import PlainRow
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -34,7 +33,7 @@ class Workers:
     def __init__(self, count: int, setup: tuple) -> None:
         command = [sys.executable, "-P", str(Path(tokenise.__file__))]  # -P: its folder stays off sys.path
         environment = {**os.environ, **ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
-        self.setup, self.free = pickle.dumps(setup, protocol=5), SimpleQueue()  # free: not waiting for a result
+        self.setup, self.free = tokenise.line_of(setup), SimpleQueue()  # free: not waiting for a result
         self.processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             for _ in range(count)
@@ -75,16 +74,13 @@ class Workers:
             if process in self.fresh:
                 self.fresh.remove(process)
                 process.stdin.write(self.setup)
-            pickle.dump(chunk, process.stdin, protocol=5)
+            process.stdin.write(tokenise.line_of(chunk))
             process.stdin.flush()
-            made = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
+            return tokenise.receive(process.stdout)
+        except (OSError, EOFError):
             raise DataError(
                 f"a tokenising process ended with status {process.wait()} (-9: killed, perhaps for memory); "
                 "prepare the data again, it goes on where it stopped"
             ) from None
         finally:
             self.free.put(process)
-        if isinstance(made, str):
-            raise RowError(made)
-        return made
