@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hbt_fast.config import Config, parse
-from hbt_fast.data.feed import Feed, RankBatch, Rewrite
+from hbt_fast.data.feed import Feed, RankBatch
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
@@ -62,7 +62,7 @@ def train(config: Config) -> Path:
     planner = make_planner(store, config)
     rewrite = make_rewrite(store, tokenizer, config, log)
     encoder = make_encoder(config, tokenizer, world)
-    identity = {**planner.identity, "steps": config.train.steps}
+    identity = {**planner.identity, **(rewrite.identity if rewrite else {}), "steps": config.train.steps}
     first, parameters, moments = 0, None, None
     if config.train.resume and (checkpoint := newest_checkpoint(run)):
         first, parameters, moments = load_checkpoint(checkpoint, identity)
@@ -112,7 +112,7 @@ def make_planner(store: Store, config: Config) -> BatchPlanner:
     return BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
 
 
-def make_rewrite(store: Store, tokenizer: PreTrainedTokenizerFast, config: Config, log: RunLog) -> Rewrite | None:
+def make_rewrite(store: Store, tokenizer: PreTrainedTokenizerFast, config: Config, log: RunLog) -> Switching | None:
     """What replaces words of the batches' texts, where code-switching is on."""
     if not config.batch.code_switch.lexicons and config.batch.strategy != "code-switched":
         return None
@@ -130,7 +130,7 @@ def make_feed(
     world: World,
     *,
     first: int = 0,
-    rewrite: Rewrite | None = None,
+    rewrite: Switching | None = None,
 ) -> Feed:
     """This rank's batches from step `first` to the last."""
     return Feed(

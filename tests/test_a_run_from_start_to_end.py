@@ -98,10 +98,18 @@ def test_a_run_that_stopped_halfway_goes_on_to_the_same_end(finished, tmp_path, 
 def test_code_switched_batches_train(finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "en_de.tsv").write_text("in\tin der\nof\tvon\nday\tTag\nyear\tJahr\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    main([*SMALL, "batch.strategy=code-switched", "batch.code_switch.lexicons=[en_de.tsv]", "train.steps=4",
-          "eval.task=none", f"data.store_dir={finished / 'stores'}"])  # fmt: skip
+    run = [*SMALL, "batch.strategy=code-switched", "batch.code_switch.lexicons=[en_de.tsv]", "train.steps=4",
+           "eval.task=none", f"data.store_dir={finished / 'stores'}"]  # fmt: skip
+    main(run)
     assert "no word of zh; texts in these languages stay as they are" in capsys.readouterr().out
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    main([*run, "train.resume=true"])
+    assert "4 of 4 steps are done" in capsys.readouterr().out
+    with (tmp_path / "en_de.tsv").open("a") as file:
+        file.write("month\tMonat\n")
+    with pytest.raises(SystemExit):
+        main([*run, "train.resume=true"])
+    assert "of a run with other settings: lexicons' entries was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

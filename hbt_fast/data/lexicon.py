@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import regex
+import xxhash
 
 from hbt_fast.data.formats import lines
 from hbt_fast.data.languages import normalise
@@ -127,6 +128,14 @@ class Lexicon:
     def languages(self) -> tuple[str, ...]:
         """All languages, sorted."""
         return tuple(sorted({language for pair in self._tables for language in pair}))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all entries in their order, whichever files they are from."""
+        entries = xxhash.xxh3_64()
+        for pair in sorted(self._tables):
+            entries.update(repr((pair, list(self._tables[pair].items()))).encode("utf-8", "surrogatepass"))
+        return entries.hexdigest()
 
 
 def _files(path: str) -> Iterator[tuple[str, tuple[str, str]]]:

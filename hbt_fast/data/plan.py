@@ -42,13 +42,13 @@ from hbt_fast.data.strata import (
     Stratum,
     Wanted,
     fields_of,
-    fits,
     of_field,
     strata_of,
     unmap,
 )
 
-MAPPED = 1 << 15  # after so many pairs the store's pages are unmapped
+RESIDENT = 1 << 28  # where the arrays of a plan have more bytes, their pages are unmapped ...
+MAPPED = 1 << 15  # ... after so many pairs
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ class BatchPlanner:
         self.planned += size
         if self.planned >= MAPPED:  # a pair touches several pages, which would all stay resident
             self.planned = 0
-            unmap((*fields, stratum.rows, stratum.content_offsets, source.negative_texts, source.negative_contents))
+            arrays = (*fields, stratum.rows, stratum.content_offsets, source.negative_texts, source.negative_contents)
+            if sum(array.nbytes for array in arrays) > RESIDENT:
+                unmap(arrays)
         numbers = self.store.language_numbers[stratum.source]
         kind = KINDS[stratum.wanted.kind]
         pairs = (rows, numbers[a], numbers[b], queries, passages, contents)
@@ -245,55 +247,66 @@ def _draw(
     if not whole:  # else the stratum counts contents as the source does
         for i in range(size):
             out_contents[i] = fields.contents[out_rows[i]] if len(fields.contents) else out_rows[i]
-    for i in range(size):
-        queries[i], passages[i] = _propose(fields, wanted, begins[i], ends[i], epoch_key, 0)
-    if wanted.query_language == ANY:
-        for i in range(size):  # brings into the cache what the next loop looks at
-            query_languages[i] = fields.queries[queries[i]] ^ fields.passages[passages[i]]
-        for i in range(size):
-            counter = 0
-            while not _accept(fields, wanted, weights, queries[i], passages[i], begins[i], epoch_key, counter):
-                counter += 2
-                queries[i], passages[i] = _propose(fields, wanted, begins[i], ends[i], epoch_key, counter)
-    for i in range(size):
-        q, p = queries[i], passages[i]
-        query_languages[i] = of_field(fields.languages, q, begins[i])
-        passage_languages[i] = of_field(fields.languages, p, begins[i])
-        queries[i], passages[i] = fields.queries[q], fields.passages[p]
+    # arrays of the tuples under names of their own: Numba counts references at every use of a tuple's
+    languages, mono, query_texts, passage_texts = fields.languages, fields.mono, fields.queries, fields.passages
+    kind, language, other, used = wanted
+    q_field, p_field = np.empty(size, np.int64), np.empty(size, np.int64)
+    alike = len(fields.offsets) == 1 and len(languages) <= fields.offsets[0]  # what is a language's place in one row
+    places = _places(languages, begins[0], ends[0] if alike else begins[0], language, other)  # is it in every row
+    pending, left, counter = np.arange(size), size, 0
+    while left:
+        for k in range(left):
+            i = pending[k]
+            q_field[i], p_field[i] = begins[i] + places[0], begins[i] + places[1]
+            if language == ANY:
+                q_field[i], p_field[i] = _propose(begins[i], ends[i], kind == CROSS, epoch_key, counter)
+            elif not alike:
+                q, p = _places(languages, begins[i], ends[i], language, other)
+                q_field[i], p_field[i] = begins[i] + q, begins[i] + p
+        for k in range(left):
+            i = pending[k]
+            q, p = q_field[i], p_field[i]
+            queries[i], passages[i] = query_texts[q], passage_texts[p]
+            query_languages[i] = of_field(languages, q, begins[i])
+            passage_languages[i] = of_field(languages, p, begins[i])
+        if language != ANY:
+            break
+        rejected = 0
+        for k in range(left):
+            i = pending[k]
+            x, y = query_languages[i], passage_languages[i]
+            there = queries[i] >= 0 and passages[i] >= 0 if kind == CROSS else of_field(mono, q_field[i], begins[i])
+            good = there and used[x] and used[y]
+            if good and len(weights):
+                weight = weights[x] if x == y else weights[x] * weights[y]
+                good = (draw(epoch_key, begins[i] * 4096 + counter + 1) >> np.uint64(11)) * 2.0**-53 < weight
+            if not good:
+                pending[rejected] = i
+                rejected += 1
+        left, counter = rejected, counter + 2
     return out_rows, out_contents, query_languages, passage_languages, queries, passages
 
 
 @njit(cache=True, nogil=True, forceinline=True)
-def _propose(fields: Fields, wanted: Wanted, begin: int, end: int, key: np.uint64, counter: int) -> tuple[int, int]:
+def _propose(begin: int, end: int, cross: bool, key: np.uint64, counter: int) -> tuple[int, int]:
     """Two fields, for the query and the passage, of the row with fields begin:end."""
-    q = p = begin
-    if wanted.query_language != ANY:  # the languages are given, and the row has them
-        for f in range(begin, end):
-            language = of_field(fields.languages, f, begin)
-            q = f if language == wanted.query_language else q
-            p = f if language == wanted.passage_language else p
-        return q, p
     word = draw(key, begin * 4096 + counter)
     q = p = begin + scale(word >> np.uint64(32), end - begin)
-    if wanted.kind == CROSS:  # one of the other fields
+    if cross:  # one of the other fields
         p = begin + scale(word & np.uint64(0xFFFFFFFF), end - begin - 1)
         p += p >= q
     return q, p
 
 
-@njit(cache=True, nogil=True, forceinline=True)
-def _accept(
-    fields: Fields, wanted: Wanted, weights: np.ndarray, q: int, p: int, begin: int, key: np.uint64, counter: int
-) -> bool:
-    """Whether fields that were proposed fit the kind, and are let through by their languages' weights."""
-    if not fits(fields, wanted, q, p, begin):
-        return False
-    if not len(weights):
-        return True
-    weight = weights[of_field(fields.languages, q, begin)]
-    if p != q:
-        weight *= weights[of_field(fields.languages, p, begin)]
-    return (draw(key, begin * 4096 + counter + 1) >> np.uint64(11)) * 2.0**-53 < weight
+@njit(cache=True, nogil=True)
+def _places(languages: np.ndarray, begin: int, end: int, language: int, other: int) -> tuple[int, int]:
+    """The places of two languages among the fields of a row, which has them."""
+    q = p = 0
+    for field in range(begin, end):
+        found = of_field(languages, field, begin)
+        q = field - begin if found == language else q
+        p = field - begin if found == other else p
+    return q, p
 
 
 @njit(cache=True, nogil=True)

@@ -31,7 +31,8 @@ class Source:
             (squad), by the id field (jsonl) or by line number (lines).
         format: squad (SQuAD JSON, or JSON Lines with context, question and answers), jsonl, tsv, tmx, lines, hf
             (Hugging Face datasets), cldr (the embedded demo); auto goes by the file's ending.
-        name: in reports; the file's name if not given.
+        name: in reports; the file's name if not given. Sources of one name are one: their rows are read one after the
+            other and share batches.
         language: of all texts, where the format does not say it.
         bitext: texts are translations of each other rather than question and answer; each serves as query and as
             passage (tmx always; tsv and jsonl on request, their columns are language codes then).

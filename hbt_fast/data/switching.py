@@ -34,6 +34,7 @@ class Switching:
 
     Attributes:
         unswitched: languages of the store of which the lexicons have no word: their texts stay as they are.
+        identity: what, beside the settings, the switched texts depend on.
 
     Raises:
         DataError: no lexicon, none for any language of the store, or a setting out of range.
@@ -58,6 +59,7 @@ class Switching:
             raise DataError("batch.code_switch: queries and passages are both false; set one of them to true")
         lexicon = Lexicon.read(config.lexicons)
         self.config, self.store = config, store
+        self.identity = {"lexicons' entries": lexicon.fingerprint}
         self.switcher = CodeSwitcher(config, lexicon, seed)
         self.known = {code: bool(set(lexicon.targets(code)) & set(self.switcher.allowed)) for code in store.languages}
         self.unswitched = tuple(code for code, known in self.known.items() if not known)
