@@ -26,9 +26,7 @@ ROLES = Role("query: ", 64), Role("passage: ", 256)
 @pytest.fixture(scope="module")
 def rows():
     if SQUAD.is_file():
-        return list(
-            read_source(Source(path=str(SQUAD), format="squad", language="en", passage="paragraph", limit=40_000))
-        )
+        return list(read_source(Source(path=str(SQUAD), format="squad", language="en", passage="paragraph")))
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, n))) for n in rng.integers(2, 12, 20_000)]
     texts = [" ".join(rng.choice(words, 20 if i % 2 else 150)) for i in range(80_000)]
