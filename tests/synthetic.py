@@ -34,7 +34,8 @@ def source(rows, languages, *, name="made", has=None, contents=None, bitext=Fals
     if has is None:
         offsets, codes, fields = [count], range(count), rows * count
     else:
-        offsets, codes, fields = np.concatenate([[0], has.sum(1).cumsum()]), np.nonzero(has)[1], int(has.sum())
+        each, codes, fields = has.sum(1), np.nonzero(has)[1], int(has.sum())
+        offsets = each[:1] if (each == each[0]).all() else np.concatenate([[0], each.cumsum()])
     there = [rows] * count if has is None else has.sum(0).tolist()
     several = rows if count > 1 else 0
     if has is not None:

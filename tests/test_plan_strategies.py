@@ -41,18 +41,30 @@ def partly(**options):
     return synthetic.source(600, ["en", "de", "sw", "th"], has=PARTLY, name="partly", **options)
 
 
+WHO_HAS_WHAT = {
+    "some languages": PARTLY,
+    "two languages each": np.array([[True, r % 2 == 0, r % 2 == 1, False] for r in range(600)]),
+    "all languages": None,
+}
+
+
+@pytest.mark.parametrize("pairs", ["mixed", "one"])
+@pytest.mark.parametrize("has", WHO_HAS_WHAT.values(), ids=WHO_HAS_WHAT)
 @pytest.mark.parametrize("strategy", ["mono", "mixed-mono", "cross", "code-switched"])
-def test_a_language_that_a_row_lacks_is_never_drawn_for_it(strategy):
-    source = partly()
-    plans = planner(source, strategy=strategy)
-    for step in range(120):
+def test_a_language_that_a_row_lacks_is_never_drawn_for_it(strategy, has, pairs):
+    source = synthetic.source(600, ["en", "de", "sw", "th"], has=has)
+    there = np.ones((600, 4), bool) if has is None else has
+    plans = planner(source, strategy=strategy, cross_pairs=pairs)
+    for step in range(60):
         plan = plans.plan(step)
+        if pairs == "one" and strategy == "cross":
+            assert len({*zip(plan.query_languages, plan.passage_languages, strict=True)}) == 1
         for row, a, b, q, p in zip(
             plan.rows, codes(plans, plan.query_languages), codes(plans, plan.passage_languages), plan.queries,
             plan.passages, strict=True,
         ):  # fmt: skip
-            assert PARTLY[row, source.languages.index(a)]
-            assert PARTLY[row, source.languages.index(b)]
+            assert there[row, source.languages.index(a)]
+            assert there[row, source.languages.index(b)]
             assert q == 2 * (4 * row + source.languages.index(a))
             assert p == 2 * (4 * row + source.languages.index(b)) + 1
             assert (a == b) == (strategy != "cross")

@@ -199,6 +199,13 @@ def test_a_tokenising_process_that_dies_is_no_silent_loss(tokenizer, tmp_path, m
     assert build(tmp_path / "s", parallel_rows(40), tokenizer, chunk_rows=10).rows == 80
 
 
+def test_half_a_surrogate_pair_is_named_by_a_process_too(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("hbt_fast.data.build.ALONE", 1)
+    rows = [*parallel_rows(20), Row({"en": "ask"}, {"en": "broken \ud83d text"}, where="file.jsonl:41")]
+    with pytest.raises(DataError, match=r"file\.jsonl:41: the text 'broken .* holds half of a surrogate pair"):
+        build(tmp_path / "s", rows, tokenizer, chunk_rows=10, workers=2)
+
+
 def test_a_store_of_sources_numbers_languages_across_them(tokenizer, tmp_path):
     one = [Row({"fr": "q"}, {"de": "p"})]
     two = [Row({"en": "q"}, {"fr": "p"})]

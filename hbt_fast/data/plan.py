@@ -249,7 +249,7 @@ def _draw(
             out_contents[i] = fields.contents[out_rows[i]] if len(fields.contents) else out_rows[i]
     # arrays of the tuples under names of their own: Numba counts references at every use of a tuple's
     languages, mono, query_texts, passage_texts = fields.languages, fields.mono, fields.queries, fields.passages
-    kind, language, other, used = wanted
+    kind, language, other, _ = wanted
     q_field, p_field = np.empty(size, np.int64), np.empty(size, np.int64)
     alike = len(fields.offsets) == 1 and len(languages) <= fields.offsets[0]  # what is a language's place in one row
     places = _places(languages, begins[0], ends[0] if alike else begins[0], language, other)  # is it in every row
@@ -275,8 +275,7 @@ def _draw(
         for k in range(left):
             i = pending[k]
             x, y = query_languages[i], passage_languages[i]
-            there = queries[i] >= 0 and passages[i] >= 0 if kind == CROSS else of_field(mono, q_field[i], begins[i])
-            good = there and used[x] and used[y]
+            good = queries[i] >= 0 and passages[i] >= 0 if kind == CROSS else of_field(mono, q_field[i], begins[i])
             if good and len(weights):
                 weight = weights[x] if x == y else weights[x] * weights[y]
                 good = (draw(epoch_key, begins[i] * 4096 + counter + 1) >> np.uint64(11)) * 2.0**-53 < weight
