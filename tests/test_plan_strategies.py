@@ -43,7 +43,7 @@ def partly(**options):
 
 WHO_HAS_WHAT = {
     "some languages": PARTLY,
-    "two languages each": np.array([[True, r % 2 == 0, r % 2 == 1, False] for r in range(600)]),
+    "two languages each": np.array([[r % 2 == 0, True, r % 2 == 1, False] for r in range(600)]),
     "all languages": None,
 }
 
@@ -68,6 +68,20 @@ def test_a_language_that_a_row_lacks_is_never_drawn_for_it(strategy, has, pairs)
             assert q == 2 * (4 * row + source.languages.index(a))
             assert p == 2 * (4 * row + source.languages.index(b)) + 1
             assert (a == b) == (strategy != "cross")
+
+
+@pytest.mark.parametrize("strategy", ["mono", "mixed-mono", "cross"])
+def test_rows_of_a_language_that_is_left_out_are_never_drawn(strategy):
+    has = WHO_HAS_WHAT["two languages each"]  # every row qualifies, until "sw" is left out
+    plans = planner(
+        synthetic.source(600, ["en", "de", "sw", "th"], has=has), strategy=strategy, language_weights={"sw": 0}
+    )
+    rows = set()
+    for plan in map(plans.plan, range(60)):
+        rows |= set(plan.rows.tolist())
+        assert "sw" not in codes(plans, plan.query_languages) + codes(plans, plan.passage_languages)
+    assert rows <= ({*range(0, 600, 2)} if strategy == "cross" else {*range(600)})
+    assert {stratum.contents for stratum in plans.strata} <= ({300} if strategy == "cross" else {300, 600})
 
 
 def test_every_language_of_mono_batches_comes_equally_often_however_many_rows_it_has():

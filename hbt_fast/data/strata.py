@@ -121,8 +121,7 @@ def _at_most(source: SourceStore, wanted: Wanted) -> int:
     if kind == MONO:
         return counts["mono"][a]
     if kind == CROSS and a != ANY:
-        both = counts["queries"][a], counts["passages"][b]
-        return rows if both == (rows, rows) else min(*both, rows - 1)
+        return min(counts["queries"][a], counts["passages"][b])
     some = counts["cross" if kind == CROSS else "any_mono"][0]
     return some if used.all() else min(some, rows - 1)
 
