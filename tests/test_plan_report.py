@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,13 +62,15 @@ def test_language_pairs_and_padding_are_those_of_the_batches(planner, store):
 
 def test_counts_go_on_from_a_record(planner, store):
     whole, first, rest = (DrawCounts(store) for _ in range(3))
-    for step in range(STEPS):
-        (first if step < 25 else rest).add(planner.plan(step))
-        whole.add(planner.plan(step))
+    plans = [replace(planner.plan(step), excluded=step) for step in range(STEPS)]
+    for step, plan in enumerate(plans):
+        (first if step < 25 else rest).add(plan)
+        whole.add(plan)
     resumed = DrawCounts(store)
     resumed.restore(json.loads(json.dumps(first.record())))
-    for step in range(25, STEPS):
-        resumed.add(planner.plan(step))
+    for plan in plans[25:]:
+        resumed.add(plan)
+    assert resumed.excluded == sum(range(STEPS))
     assert resumed.record() == whole.record()
     assert (resumed.pairs == first.pairs + rest.pairs).all()
 
