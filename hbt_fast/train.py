@@ -65,7 +65,7 @@ def train(config: Config) -> Path:
     identity = {**planner.identity, **(rewrite.identity if rewrite else {}), "steps": config.train.steps}
     first, parameters, moments = 0, None, None
     if config.train.resume and (checkpoint := newest_checkpoint(run)):
-        first, parameters, moments = load_checkpoint(checkpoint, identity)
+        first, parameters, moments, _ = load_checkpoint(checkpoint, identity)
         log.say(f"resuming from {checkpoint}: {first} of {config.train.steps} steps are done")
     before = evaluate_before(encoder, config, world, log)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()

@@ -4,18 +4,21 @@
                       optimizer.safetensors   AdamW's moments by name
                       state.json              the step, what the run was, and the files' checksums
 
-A checkpoint is written to a folder beside its place, synced to disk and renamed: a crash at any moment leaves the
-previous one as it was. There are no random states to keep: batches and dropout masks are functions of (seed, step).
+A checkpoint is written to a folder beside its place, synced to disk and renamed: a crash or a full disk at any moment
+leaves the earlier ones as they were. There are no random states to keep: batches and dropout masks are functions of
+(seed, step).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,44 +26,70 @@ FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which and why."""
+    """A checkpoint that cannot be used or written; the message says which and why."""
 
 
 def save_checkpoint(
-    run: Path, step: int, parameters: dict[str, Tensor], moments: dict[str, Tensor], identity: dict, keep: int
+    run: Path,
+    step: int,
+    parameters: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    identity: dict,
+    keep: int,
+    *,
+    skipped: int = 0,
+    best: int | None = None,
 ) -> Path:
-    """Write the checkpoint after `step` updates (one rank does this) and remove all but the newest `keep`.
+    """Write the checkpoint after `step` steps (one rank does this) and remove all but the newest `keep`.
 
     Args:
         run: the run folder.
-        step: updates done.
+        step: steps done.
         parameters: by name; what the engine's `state()` gave.
         moments: the same of the optimizer.
         identity: what must be the same for a run that goes on from it (JSON).
         keep: how many checkpoints stay, at least 1.
+        skipped: how many of the steps made no update.
+        best: the step of a checkpoint that stays however old it gets.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk); nothing of it is left, the earlier ones are whole.
     """
     final = run / f"checkpoint-{step:06d}"
+    for leftover in run.glob(".checkpoint-*.partial"):  # of a process that was killed while writing
+        shutil.rmtree(leftover)
+    _put_back(run)
     work = run / f".{final.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    checksums = {}
-    for name, tensors in (("model.safetensors", parameters), ("optimizer.safetensors", moments)):
-        save_file({key: value.contiguous() for key, value in tensors.items()}, work / name)
-        checksums[name] = _checksum(work / name)
-    state = {"format": FORMAT, "step": step, "identity": identity, "checksums": checksums}
-    (work / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in (*work.iterdir(), work):
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        checksums = {}
+        for name, tensors in (("model.safetensors", parameters), ("optimizer.safetensors", moments)):
+            save_file({key: value.contiguous() for key, value in tensors.items()}, work / name)
+            checksums[name] = _checksum(work / name)
+        state = {"format": FORMAT, "step": step, "skipped": skipped, "identity": identity, "checksums": checksums}
+        (work / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in (*work.iterdir(), work):
+            _sync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise CheckpointError(_why_not_written(run, final, parameters, moments, error)) from None
+    aside = run / f".{final.name}.replaced"
+    if final.exists():
+        final.rename(aside)
     work.rename(final)
     _sync(run)
-    for old in _checkpoints(run)[max(keep, 1) :]:
-        shutil.rmtree(old)
+    shutil.rmtree(aside, ignore_errors=True)
+    # later ones are damaged (this run went on from before them): they do not count among the newest
+    done = [old for old in _checkpoints(run) if _step(old) <= step]
+    for old in done[max(keep, 1) :]:
+        if _step(old) != best:
+            shutil.rmtree(old)
     return final
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run whose files are whole; damaged ones are passed over, aloud."""
+    _put_back(run)
     for folder in _checkpoints(run):
         try:
             _verified_state(folder)
@@ -71,8 +100,8 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: Path, identity: dict) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-    """Read a checkpoint: (updates done, parameters, moments).
+def load_checkpoint(folder: Path, identity: dict) -> tuple[int, dict[str, Tensor], dict[str, Tensor], int]:
+    """Read a checkpoint: (steps done, parameters, moments, how many of the steps made no update).
 
     Raises:
         CheckpointError: not whole, or of a run with other settings (named).
@@ -88,12 +117,39 @@ def load_checkpoint(folder: Path, identity: dict) -> tuple[int, dict[str, Tensor
             f"{folder} is of a run with other settings: {'; '.join(changed)}. Set them back, or start a new run "
             "(another train.run_dir)"
         )
-    return state["step"], load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    parameters, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
+    return state["step"], parameters, moments, state.get("skipped", 0)
 
 
 def _checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    folders = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _put_back(run: Path) -> None:
+    """Checkpoints that a process moved aside and was killed before their replacement was in place."""
+    for aside in run.glob(".checkpoint-*.replaced"):
+        final = run / aside.name[1:].removesuffix(".replaced")
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(final)
+
+
+def _why_not_written(run: Path, final: Path, parameters: dict, moments: dict, error: Exception) -> str:
+    size = sum(value.nbytes for tensors in (parameters, moments) for value in tensors.values()) / 2**20
+    kept = _checkpoints(run)
+    go_on = f"train.resume=true goes on from {kept[0]}, which is whole" if kept else "there is no earlier checkpoint"
+    return (
+        f"{final} could not be written: {error}. It takes {size:,.1f} MiB, {run} has "
+        f"{shutil.disk_usage(run).free / 2**20:,.1f} MiB free. Make room (or keep fewer: train.keep_checkpoints), then "
+        f"start again: {go_on}"
+    )
 
 
 def _verified_state(folder: Path) -> dict:
