@@ -106,6 +106,7 @@ class TrainConfig:
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
         keep_checkpoints: so many newest ones stay.
+        max_skipped_steps: steps with a NaN or infinite gradient are skipped; so many in a row end the run.
         timeout_minutes: how long ranks wait for each other (while rank 0 tokenises, for one).
     """
 
@@ -127,6 +128,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    max_skipped_steps: int = 3
     timeout_minutes: int = 120
 
 

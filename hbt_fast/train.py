@@ -12,7 +12,9 @@ from pathlib import Path
 if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)  # run as a file: hbt_fast/evaluate.py must not stand in for the package `evaluate`
 
+import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,10 +32,14 @@ from hbt_fast.encoder.scratch import encoder_from_scratch
 from hbt_fast.engine.backends import DeepSpeedEngine, SettingError, TorchEngine
 from hbt_fast.engine.cached_step import cached_backward
 from hbt_fast.engine.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
-from hbt_fast.engine.launch import World, make_engine, start
+from hbt_fast.engine.guard import DivergedError, SkippedSteps
+from hbt_fast.engine.launch import World, lost_a_rank, make_engine, start
 from hbt_fast.engine.runlog import AFTER, RunLog
 from hbt_fast.engine.schedule import learning_rates
+from hbt_fast.engine.signals import StoppedError, StopSignals
+from hbt_fast.evaluation.run import EvaluationError
 from hbt_fast.loss import info_nce_with_grad, negative_variance
+from hbt_fast.loss.ranks import NotFiniteError
 from hbt_fast.prepare import prepare, roles
 from hbt_fast.report import before_and_after, evaluate_before, evaluate_model, write_model_card
 
@@ -41,14 +47,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+USER_ERRORS = (DataError, EncoderError, CheckpointError, SettingError, DivergedError, EvaluationError)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Train from the command line; errors that a user can mend end the program with one message and status 2."""
+    """Train from the command line; errors that a user can mend end the program with one message and status 2.
+
+    A signal ends it with status 128 + its number, a rank that is gone with status 1.
+    """
     config = parse("hbt_fast.train", __doc__.splitlines()[0], arguments)
     try:
         train(config)
-    except (DataError, EncoderError, CheckpointError, SettingError) as error:
-        print(f"hbt_fast.train: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except USER_ERRORS as error:
+        _end(str(error), 2)
+    except StoppedError as stopped:
+        _end(str(stopped), 128 + stopped.number)
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        reason = str(error).splitlines()[0]
+        _end(f"another rank is gone, its own output says why ({reason}); train.resume=true goes on", 1)
+
+
+def _end(message: str, status: int) -> None:
+    print(f"hbt_fast.train: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def train(config: Config) -> Path:
@@ -63,9 +86,9 @@ def train(config: Config) -> Path:
     rewrite = make_rewrite(store, tokenizer, config, log)
     encoder = make_encoder(config, tokenizer, world)
     identity = {**planner.identity, **(rewrite.identity if rewrite else {}), "steps": config.train.steps}
-    first, parameters, moments = 0, None, None
+    first, parameters, moments, skipped = 0, None, None, 0
     if config.train.resume and (checkpoint := newest_checkpoint(run)):
-        first, parameters, moments, _ = load_checkpoint(checkpoint, identity)
+        first, parameters, moments, skipped = load_checkpoint(checkpoint, identity)
         log.say(f"resuming from {checkpoint}: {first} of {config.train.steps} steps are done")
     before = evaluate_before(encoder, config, world, log)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()
@@ -73,27 +96,25 @@ def train(config: Config) -> Path:
         encoder.load_state_dict(parameters)  # before the engine shards them
     engine = make_engine(encoder, config.train, world)
     if moments:
-        engine.restore(moments, first)
+        engine.restore(moments, first - skipped)
 
-    rate = learning_rates(config.train)
+    def keep(done: int) -> None:
+        """Write a checkpoint; where rank 0 cannot, all ranks end."""
+        state, failed = engine.state(), None
+        try:
+            if world.first:
+                options = {"skipped": done - engine.updates}
+                save_checkpoint(run, done, *state, identity, config.train.keep_checkpoints, **options)
+        except CheckpointError as error:
+            failed = error
+        if world.largest(failed is not None):
+            raise failed or CheckpointError("rank 0 could not write a checkpoint; its own message says why")
+
     log.start(first, planner)
     encoder.train()
+    guard = SkippedSteps(log, store, config.train.max_skipped_steps)
     with make_feed(planner, store, config, world, first=first, rewrite=rewrite) as feed:
-        for step in range(first, config.train.steps):
-            began = time.perf_counter()
-            batch = next(feed)
-            waited = time.perf_counter() - began
-            engine.set_learning_rate(rate(step))
-            loss, accuracy = run_step(engine, batch, config, world)
-            norm = engine.step()
-            took = {"tokens": batch.tokens, "seconds": time.perf_counter() - began, "waited": waited}
-            log.step(step, batch.plan, loss, accuracy, norm=norm, rate=rate(step), **took)
-            done, every = step + 1, config.train.checkpoint_every
-            if done == config.train.steps or (every and done % every == 0):
-                state = engine.state()
-                if world.first:
-                    save_checkpoint(run, done, *state, identity, config.train.keep_checkpoints)
-                world.barrier()
+        train_steps(engine, feed, config, world, log, guard, keep, first)
 
     parameters, _ = engine.state()
     if world.first:
@@ -105,6 +126,60 @@ def train(config: Config) -> Path:
         log.finish({"exported model": folder, "settings": run / "config.yaml", **plots})
     world.barrier()
     return run
+
+
+def train_steps(
+    engine: TorchEngine | DeepSpeedEngine,
+    feed: Feed,
+    config: Config,
+    world: World,
+    log: RunLog,
+    guard: SkippedSteps,
+    keep: Callable[[int], None],
+    first: int,
+) -> None:
+    """All steps from `first` on.
+
+    Args:
+        engine: has the parameters.
+        feed: this rank's batches.
+        config: the settings.
+        world: the ranks.
+        log: told of every step.
+        guard: is told of steps without a finite gradient.
+        keep: writes the checkpoint after so many steps; all ranks call it.
+        first: the step that the feed begins with.
+
+    Raises:
+        StoppedError: SIGTERM or SIGINT came to a rank; a checkpoint is written.
+        DivergedError: too many steps in a row without a finite gradient.
+        CheckpointError: a checkpoint could not be written.
+    """
+    rate = learning_rates(config.train)
+    with StopSignals() as signals:
+        for step in range(first, config.train.steps):
+            began = time.perf_counter()
+            batch = next(feed)
+            waited = time.perf_counter() - began
+            engine.set_learning_rate(rate(step))
+            try:
+                loss, accuracy = run_step(engine, batch, config, world)
+                norm = engine.step()
+                trouble = None if math.isfinite(norm) else f"the gradient's norm is {norm}"
+            except NotFiniteError as error:  # raised on all ranks
+                trouble = f"an embedding is not finite: {error}"
+            if trouble:
+                guard.skipped(batch.plan, trouble)
+            else:
+                guard.taken()
+                took = {"tokens": batch.tokens, "seconds": time.perf_counter() - began, "waited": waited}
+                log.step(step, batch.plan, loss, accuracy, norm=norm, rate=rate(step), **took)
+            done, every = step + 1, config.train.checkpoint_every
+            stop = world.largest(signals.number)
+            if stop or done == config.train.steps or (every and done % every == 0):
+                keep(done)
+            if stop:
+                raise StoppedError(stop, done)
 
 
 def make_planner(store: Store, config: Config) -> BatchPlanner:

@@ -3,9 +3,11 @@
     engine(tokens, cu_seqlens)    forward of the module
     engine.accumulate()           context around all the backward calls of one step; one gradient reduction in it
     engine.backward(loss, last)   may be called many times per step; gradients add up locally, `last` marks the last
-    engine.step()                 average over ranks, clip, update, forget the gradients; returns the gradient norm
+    engine.step()                 average over ranks, clip, update, forget the gradients; returns the gradient norm;
+                                  a norm that is NaN or infinite, which all ranks agree on, is a step without update
+    engine.updates                how many updates were made
     engine.state()                what a checkpoint needs, whole tensors on the CPU (collective: call it on all ranks)
-    engine.restore(state, step)   the optimizer's part of it
+    engine.restore(state, n)      the optimizer's part of it, after n updates
 
 Parameters are float32 in both (reduced precision is autocast, inside the encoder), so that a whole-tensor checkpoint
 loads at any ZeRO stage and any world size.
@@ -18,6 +20,7 @@ by hand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -49,7 +52,7 @@ class TorchEngine:
     zero_stage = 0
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, clip: float) -> None:
-        self.module, self.optimizer, self.clip = module, optimizer, clip
+        self.module, self.optimizer, self.clip, self.updates = module, optimizer, clip, 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.module(*inputs)
@@ -73,10 +76,12 @@ class TorchEngine:
                 trained, (flat / dist.get_world_size()).split([p.numel() for p in trained]), strict=True
             ):
                 p.grad = grad.view_as(p)
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.clip or float("inf"))
-        self.optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.clip or float("inf")))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq")."""
@@ -88,12 +93,13 @@ class TorchEngine:
                     moments[f"{name}.{key}"] = self.optimizer.state[p][key].detach().cpu().clone()
         return parameters, moments
 
-    def restore(self, moments: dict[str, Tensor], step: int) -> None:
-        """Set the optimizer to where it was after `step` updates (the parameters were loaded before)."""
+    def restore(self, moments: dict[str, Tensor], updates: int) -> None:
+        """Set the optimizer to where it was after so many updates (the parameters were loaded before)."""
+        self.updates = updates
         for name, p in self.module.named_parameters():
             if p.requires_grad:
                 state = {key: moments[f"{name}.{key}"].to(p.device) for key in MOMENTS}
-                self.optimizer.state[p] = {"step": torch.tensor(float(step)), **state}
+                self.optimizer.state[p] = {"step": torch.tensor(float(updates)), **state}
 
 
 class DeepSpeedEngine:
@@ -115,7 +121,7 @@ class DeepSpeedEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(clip, zero_stage, extra)
         )
-        self.inner, self.module, self.zero_stage = optimizer, module, zero_stage
+        self.inner, self.module, self.zero_stage, self.updates = optimizer, module, zero_stage, 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.engine(*inputs)
@@ -135,9 +141,19 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
 
     def step(self) -> float:
+        if not self.zero_stage:  # the gradients are averaged and whole here, and DeepSpeed would use them unseen
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        if self.zero_stage:  # the norm is of all ranks; where it is not finite, ZeRO forgets the gradients
+            norm = float(self.engine.get_global_grad_norm())
+            if not self.engine.was_step_applied():
+                return float("nan")
+        self.updates += 1
+        return norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq"), whole on every rank."""
@@ -145,29 +161,30 @@ class DeepSpeedEngine:
 
         if not self.zero_stage:
             return TorchEngine(self.module, self.inner, 0).state()
-        self._link_moments()
+        if self.updates:
+            self._link_moments()
         parameters, moments = {}, {}
         for name, p in self.module.named_parameters():
             parameters[name] = safe_get_full_fp32_param(p).cpu().clone()
-            if p.requires_grad and self.engine.global_steps:
+            if p.requires_grad and self.updates:
                 for key in MOMENTS:
                     moments[f"{name}.{key}"] = safe_get_full_optimizer_state(p, key).cpu().clone()
         return parameters, moments
 
-    def restore(self, moments: dict[str, Tensor], step: int) -> None:
-        """Set the optimizer to where it was after `step` updates (the parameters were loaded before)."""
+    def restore(self, moments: dict[str, Tensor], updates: int) -> None:
+        """Set the optimizer to where it was after so many updates (the parameters were loaded before)."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        self.engine.global_steps = step
+        self.updates = updates
         if not self.zero_stage:
-            TorchEngine(self.module, self.inner, 0).restore(moments, step)
+            TorchEngine(self.module, self.inner, 0).restore(moments, updates)
             return
         # The moments live in flat partitions that torch makes at the first update; make them now, then fill them.
         zero = self.engine.optimizer
         flat = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
         for partition in flat:
             zeros = {key: torch.zeros_like(partition) for key in MOMENTS}
-            zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **zeros}
+            zero.optimizer.state[partition] = {"step": torch.tensor(float(updates)), **zeros}
         self._link_moments()
         for name, p in self.module.named_parameters():
             for key in MOMENTS if p.requires_grad else ():

@@ -45,6 +45,14 @@ class World:
         if self.group is not None:
             dist.barrier(self.group)
 
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the ranks give; all must call."""
+        if self.group is None:
+            return number
+        shared = torch.tensor(number, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.group)
+        return int(shared)
+
 
 def start(settings: TrainConfig) -> World:
     """Join the other ranks, if a launcher (deepspeed, torchrun) started several.
@@ -73,6 +81,12 @@ def start(settings: TrainConfig) -> World:
         timeout = timedelta(minutes=settings.timeout_minutes)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None)
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether the error is that of a collective whose other ranks are gone."""
+    message = str(error).lower()
+    return isinstance(error, dist.DistError) or any(name in message for name in ("gloo", "nccl", "closed by peer"))
 
 
 def uses_deepspeed(settings: TrainConfig) -> bool:

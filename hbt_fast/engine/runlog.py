@@ -95,18 +95,35 @@ class RunLog:
         self.writer.add_scalar(f"loss/{plan.kind}", loss, step)
         self.recent.append((loss, accuracy))
         self.seconds += seconds
-        done, total = step + 1, self.settings.steps
-        if done % self.settings.log_every == 0 or done == total:
+        self.rate = rate
+        self._report(plan)
+
+    def skipped(self, plan: BatchPlan, why: str) -> None:
+        """A step made no update: a line in metrics.jsonl and one for people."""
+        if not self.on:
+            return
+        self.counts.add(plan)
+        source = self.counts.store.sources[plan.source].name
+        self._append({"step": plan.step, "kind": plan.kind, "source": source, "skipped": why})
+        self.say(f"step {plan.step} is skipped, weights stay as they were: {why}")
+        self._report(plan)
+
+    def _report(self, plan: BatchPlan) -> None:
+        """Every `log_every` steps a line for people (if any had an update) and what was drawn so far."""
+        done, total = plan.step + 1, self.settings.steps
+        if done % self.settings.log_every and done != total:
+            return
+        if self.recent:
             count = len(self.recent)
             mean_loss, mean_accuracy = (sum(column) / count for column in zip(*self.recent, strict=True))
             per_step = (time.perf_counter() - self.began) / (done - self.first)
             left = int(per_step * (total - done))
             self.say(
                 f"step {done:>{len(str(total))}}/{total} | loss {mean_loss:.4f} | acc {mean_accuracy:.3f} | "
-                f"lr {rate:.1e} | {len(plan.rows) / per_step:,.0f} pairs/s | eta {left // 60}:{left % 60:02d}"
+                f"lr {self.rate:.1e} | {len(plan.rows) / per_step:,.0f} pairs/s | eta {left // 60}:{left % 60:02d}"
             )
             self.recent.clear()
-            self._append({"drawn_until": done, **self.counts.record()})
+        self._append({"drawn_until": done, **self.counts.record()})
 
     def evaluation(self, when: str, results: dict) -> None:
         """Append evaluation results to metrics.jsonl."""

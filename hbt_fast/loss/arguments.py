@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hbt_fast.loss.planner import backend_for
+from hbt_fast.loss.ranks import NotFiniteError
 
 COMPUTE_DTYPES = ("fp16", "bf16", "tf32", "fp32")
 DUPLICATES = ("mask", "positive")
@@ -164,7 +165,7 @@ def check_finite(name: str, x: Tensor) -> None:
         return
     if not bool(torch.isfinite(x.detach()).all()):
         rows = (~torch.isfinite(x.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
-        raise ValueError(f"{name} contains NaN or Inf, first in row {rows[0]} ({len(rows)} of {x.shape[0]} rows)")
+        raise NotFiniteError(f"{name} contains NaN or Inf, first in row {rows[0]} ({len(rows)} of {x.shape[0]} rows)")
 
 
 def _largest(x: Tensor) -> float:

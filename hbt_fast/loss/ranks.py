@@ -151,6 +151,10 @@ class Gathering:
             place.copy_(kept)
 
 
+class NotFiniteError(ValueError):
+    """NaN or infinity in an input, on this rank or another; raised on all ranks."""
+
+
 ALONE = Ranks()
 MEETING_LENGTH = 32
 
@@ -174,14 +178,16 @@ def meet(
     if group is None:
         return Ranks(query_counts=(sizes["queries"],), passage_counts=(sizes["passages"],))
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    names, row = list(sizes), [int(error is None), *map(int, sizes.values())]
+    names, row = list(sizes), [_code(error), *map(int, sizes.values())]
     row = torch.tensor(row + [0] * (MEETING_LENGTH - len(row)), device=device)  # an erring rank has no sizes to tell
     table = [torch.empty_like(row) for _ in range(world)]
     dist.all_gather(table, row, group=group)
     rows = [t.tolist() for t in table]
     if error is not None:
         raise error
-    wrong = [r for r in range(world) if not rows[r][0]]
+    wrong = [r for r in range(world) if rows[r][0] != 1]
+    if wrong and rows[wrong[0]][0] < 0:
+        raise NotFiniteError(f"the loss's arguments are wrong on rank {wrong[0]}: NaN or Inf in one of them")
     if wrong:
         raise ValueError(f"the loss's arguments are wrong on rank {wrong[0]}; its own message says how")
     for column, name in enumerate(names, start=1):
@@ -190,6 +196,11 @@ def meet(
             raise ValueError(f"{name} must be the same on every rank; rank by rank it is {values}")
     counts = {name: tuple(r[1 + names.index(name)] for r in rows) for name in ("queries", "passages")}
     return Ranks(group, rank, counts["queries"], counts["passages"])
+
+
+def _code(error: ValueError | None) -> int:
+    """What a rank tells the others of its arguments: 1 right, 0 wrong, -1 not finite."""
+    return int(error is None) - isinstance(error, NotFiniteError)
 
 
 def _all_reduce(x: Tensor, ranks: Ranks, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
