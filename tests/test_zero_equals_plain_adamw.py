@@ -123,11 +123,19 @@ def worker(rank: int, world: int, folders: list[str], out: str, train: dict) -> 
             save_file(moments, out / f"{name}.moments")
 
 
-@pytest.fixture(scope="module", params=["torch", 0, 1, 2, 3], ids=["torch", *(f"zero-{n}" for n in range(4))])
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "configs" / "deepspeed").glob("*.json"))
+ENGINES = {
+    "torch": {"engine": "torch"},
+    **{f"zero-{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)},
+    **{path.name: {"engine": "deepspeed", "deepspeed": str(path), "zero_stage": int(path.name[4])} for path in RECIPES},
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def two_ranks(request, store, tmp_path_factory):
     """The folder that two ranks wrote under one engine."""
     out = tmp_path_factory.mktemp("two_ranks")
-    engine = {"engine": "torch"} if request.param == "torch" else {"engine": "deepspeed", "zero_stage": request.param}
+    engine = ENGINES[request.param]
     if request.param != "torch" and shutil.which("c++") is None:
         pytest.skip("DeepSpeed compiles its CPU communication at first use, and there is no C++ compiler")
     folders = [str(source.folder) for source in store.sources]
