@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from hbt_fast.data.shares import BatchConfig
 from hbt_fast.data.sources import Source
 from hbt_fast.encoder.scratch import ScratchConfig
+from hbt_fast.encoder.towers import LoraConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -32,6 +33,10 @@ class ModelConfig:
         passage_max_length: the same for passages.
         max_length: tokens of a text when the finished model encodes (evaluation, export).
         dropout: replaces the checkpoint's dropout probabilities; null keeps them.
+        separate_towers: train an encoder for queries and another for passages, both from the same start.
+        lora: train low-rank adapters instead of the whole model.
+        gradient_checkpointing: keep less of each layer and compute it again: about a third slower, far less memory.
+        compile: torch.compile the encoder.
     """
 
     path: str | None = None
@@ -43,6 +48,10 @@ class ModelConfig:
     passage_max_length: int = 256
     max_length: int = 512
     dropout: float | None = None
+    separate_towers: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class LossConfig:
 
     Args:
         temperature: similarities are divided by it.
+        learn_temperature: train it too, from that value on.
+        max_scale: 1/temperature is not learned to be larger.
         symmetric: add the passage-to-query half.
         duplicates: what a passage with the positive's content id is: mask leaves it out, positive counts it as one.
         false_negative_margin: leave out negatives whose cosine exceeds the positive's by more than this.
@@ -76,6 +87,8 @@ class LossConfig:
     """
 
     temperature: float = 0.05
+    learn_temperature: bool = False
+    max_scale: float = 100.0
     symmetric: bool = False
     duplicates: Literal["mask", "positive"] = "mask"
     false_negative_margin: float | None = None
@@ -97,9 +110,12 @@ class TrainConfig:
         schedule: linear, cosine or constant_with_warmup.
         clip: largest gradient norm; 0 does not clip.
         seed: batches, dropout and random weights are functions of it.
-        micro_batch_tokens: tokens, padding included, that go through the encoder at once.
-        keep_tokens: tokens whose activations fit the memory: so many keep their graph and are embedded only once.
-        precision: bf16 runs the encoder under autocast (float32 weights); auto is bf16 on GPUs, fp32 elsewhere.
+        micro_batch_tokens: tokens, padding included, that go through the encoder at once; auto finds the fastest number
+            in the first steps (another one rounds differently: write a number to repeat a run to the bit).
+        keep_gib: GiB per rank for the graphs of micro-batches that are then embedded once instead of twice; auto takes
+            what is free (half of it on a CPU), 0 keeps none.
+        precision: bf16 and fp16 run the encoder under autocast (float32 weights), fp16 with a loss scale; auto is bf16
+            on GPUs, fp32 elsewhere.
         engine: deepspeed or torch; auto is deepspeed when a launcher started this or zero_stage is above 0.
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         deepspeed: a DeepSpeed JSON file, merged with what hbt_fast sets.
@@ -119,9 +135,9 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     clip: float = 1.0
     seed: int = 0
-    micro_batch_tokens: int = 8192
-    keep_tokens: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    micro_batch_tokens: int | Literal["auto"] = "auto"
+    keep_gib: float | Literal["auto"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     engine: Literal["auto", "deepspeed", "torch"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
     deepspeed: str | None = None

@@ -16,6 +16,7 @@ from hbt_fast.data.feed import rank_batch
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.rows import DataError
 from hbt_fast.encoder import EncoderError
+from hbt_fast.engine.step import FIRST_TOKENS
 from hbt_fast.prepare import prepare
 
 SAMPLE = 200  # language pairs and padding are counted over at most so many steps, spread over the run
@@ -30,7 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (DataError, EncoderError) as error:
         print(f"hbt_fast.plan: {error}", file=sys.stderr)
         sys.exit(2)
-    text, counts = report(planner, config.train.steps, config.train.micro_batch_tokens)
+    budget = config.train.micro_batch_tokens
+    budget = FIRST_TOKENS["cpu"] if budget == "auto" else budget
+    text, counts = report(planner, config.train.steps, budget)
     print(text)
     path = Path(f"{config.train.run_dir}-plan.png")  # beside the run folder, which training begins with
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hbt_fast.config import Config, dump
 from hbt_fast.data.store import Store
-from hbt_fast.encoder import Encoder
+from hbt_fast.encoder.towers import Towers
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World
 from hbt_fast.engine.runlog import BEFORE, RunLog
@@ -32,14 +32,21 @@ def load_task(config: Config) -> RetrievalTask | None:
     return xquad_r(settings.data, context=settings.context, languages=settings.languages)
 
 
-def evaluate_model(encoder: Encoder, config: Config, world: World, log: RunLog, when: str) -> Results | None:
+def evaluate_model(towers: Towers, config: Config, world: World, log: RunLog, when: str) -> Results | None:
     """Evaluate on rank 0 (the others wait at the next barrier) and append the figures to metrics.jsonl."""
     if config.eval.task == "none" or not world.first:
         return None
     log.say(f"\nevaluating {when}")
     model = config.model
     results = evaluate(
-        encoder, load_task(config), model.query_prompt, model.passage_prompt, model=when, progress=True, log=log.say
+        towers.queries,
+        load_task(config),
+        model.query_prompt,
+        model.passage_prompt,
+        passage_encoder=towers.passages,
+        model=when,
+        progress=True,
+        log=log.say,
     )
     headline = {"mo": results.mo, "cr": results.cr, "mul": results.mul, "rank_distance": results.rank_distance}
     log.evaluation(when, headline)
@@ -52,14 +59,14 @@ def evaluate_model(encoder: Encoder, config: Config, world: World, log: RunLog, 
     return results
 
 
-def evaluate_before(encoder: Encoder, config: Config, world: World, log: RunLog) -> Results | None:
+def evaluate_before(towers: Towers, config: Config, world: World, log: RunLog) -> Results | None:
     """The evaluation of the untrained model; a resumed run takes it from where it was written."""
     written = log.run / "evaluation-before.json"
     if not config.eval.before:
         return None
     if config.train.resume and written.is_file():
         return Results.from_json(written.read_text(encoding="utf-8"))
-    return evaluate_model(encoder, config, world, log, BEFORE)
+    return evaluate_model(towers, config, world, log, BEFORE)
 
 
 def before_and_after(before: Results | None, after: Results | None, run: Path) -> dict[str, Path]:

@@ -20,7 +20,7 @@ SMALL = [
     "data.languages=[en, de, zh]", "data.store_dir=stores", "batch.size=24",
     "model.scratch={vocabulary: 400, hidden: 32, layers: 1, heads: 2}",
     "train.run_dir=run", "train.steps=8", "train.checkpoint_every=4", "train.log_every=4",
-    "train.micro_batch_tokens=256", "train.keep_tokens=512", "model.dropout=0.1",
+    "train.micro_batch_tokens=256", "train.keep_gib=0.002", "model.dropout=0.1",
 ]  # fmt: skip
 
 

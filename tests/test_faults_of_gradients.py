@@ -11,9 +11,9 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from hbt_fast import train as program
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch
 from hbt_fast.engine.launch import make_engine, start
+from hbt_fast.engine.step import Stepper, StepResult
 from hbt_fast.loss import info_nce_with_grad
 from hbt_fast.loss.ranks import NotFiniteError
 from hbt_fast.train import main
@@ -121,17 +121,23 @@ SMALL = [
 
 def break_steps(monkeypatch, gradients=(), embeddings=()):
     """Make the program's own steps send a NaN backward, or embed one."""
-    whole = program.run_step
+    whole = Stepper._attempt
 
-    def run_step(engine, batch, config, world):
+    def attempt(stepper, batch):
         if batch.plan.step in embeddings:
-            raise NotFiniteError("queries contains NaN or Inf, first in row 0 (1 of 16 rows)")
-        result = whole(engine, batch, config, world)
-        if batch.plan.step in gradients:
-            next(p for p in engine.module.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
-        return result
+            return StepResult("an embedding is not finite: queries contains NaN or Inf, first in row 0"), False
+        step = stepper.engine.step
 
-    monkeypatch.setattr(program, "run_step", run_step)
+        def broken():
+            next(p for p in stepper.engine.module.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
+            return step()
+
+        with pytest.MonkeyPatch.context() as patch:
+            if batch.plan.step in gradients:
+                patch.setattr(stepper.engine, "step", broken)
+            return whole(stepper, batch)
+
+    monkeypatch.setattr(Stepper, "_attempt", attempt)
 
 
 def test_a_run_skips_bad_steps_says_so_and_resumes_to_the_same_end(tmp_path, monkeypatch, capsys):
@@ -146,7 +152,7 @@ def test_a_run_skips_bad_steps_says_so_and_resumes_to_the_same_end(tmp_path, mon
     assert [r["step"] for r in records if "step" in r] == list(range(8))
     bad = [json.loads(line) for line in Path("run/bad-batches.jsonl").read_text().splitlines()]
     assert [(r["step"], r["source"], len(r["rows"])) for r in bad] == [(s, "cldr", 16) for s in (1, 2, 5)]
-    assert json.loads(Path("run/checkpoint-000006/state.json").read_text())["skipped"] == 3
+    assert json.loads(Path("run/checkpoint-000006/state.json").read_text())["progress"]["skipped"] == 3
 
     shutil.copytree("run", "again")
     shutil.rmtree("again/checkpoint-000008")

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from hbt_fast.config import BatchConfig, Config, LossConfig, TrainConfig
 from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch
+from hbt_fast.encoder.towers import Towers
 from hbt_fast.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hbt_fast.engine.launch import World, make_engine, start
-from hbt_fast.train import make_feed, make_planner, run_step
+from hbt_fast.engine.step import Stepper
+from hbt_fast.train import make_feed, make_planner
 
 STEPS = 4
 GRADIENT = 1e-5
@@ -40,25 +42,37 @@ class _Tokenizer:  # as much of one as a model's config needs
         return 300
 
 
-def run(config: Config, store: Store, world: World, first: int = 0, last: int = STEPS, restored=None):
+def tiny_towers(dropout=0.0):
+    return Towers([tiny_encoder(dropout)])
+
+
+def make_stepper(config: Config, world: World, keep="some", towers=None) -> Stepper:
+    """A stepper that keeps no graphs, those of every third micro-batch, or all."""
+    stepper = Stepper(make_engine((towers or tiny_towers()).train(), config.train, world), config, world)
+    kept = {"none": lambda k: False, "some": lambda k: k % 3 == 1, "all": lambda k: True}[keep]
+    stepper.graphs.choose = lambda micro_batches: [kept(k) for k in range(len(micro_batches))]
+    stepper.graphs.seen = [(1, 1, 1)]  # nothing is to be measured
+    return stepper
+
+
+def run(config: Config, store: Store, world: World, first: int = 0, last: int = STEPS, restored=None, keep="some"):
     """Train some steps; returns the engine's state (parameters, moments)."""
-    encoder = tiny_encoder().train()
+    towers = tiny_towers()
     if restored:
-        encoder.load_state_dict(restored[0])
-    engine = make_engine(encoder, config.train, world)
+        towers.load_trained(restored[0])
+    stepper = make_stepper(config, world, keep, towers)
     if restored:
-        engine.restore(restored[1], first)
-    with make_feed(make_planner(store, config), store, config, world, first=first) as feed:
+        stepper.engine.restore(restored[1], first)
+    with make_feed(make_planner(store, config), store, config, world, first=first, budget=stepper.tokens) as feed:
         for step in range(first, last):
-            engine.set_learning_rate(config.train.learning_rate * (1 - step / 10))
-            run_step(engine, next(feed), config, world)
-            engine.step()
-    return engine.state()
+            assert stepper(next(feed), config.train.learning_rate * (1 - step / 10)).trouble is None
+    return stepper.engine.state()
 
 
 def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The same steps in plain torch and float64: the whole batch in one graph, torch's own cross entropy."""
-    encoder = tiny_encoder().train().double()
+    towers = tiny_towers().train().double()
+    encoder = towers.queries
     decay = [p for p in encoder.parameters() if p.ndim > 1], [p for p in encoder.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay[0], "weight_decay": 0.01}, {"params": decay[1], "weight_decay": 0.0}]
@@ -71,13 +85,13 @@ def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], di
         loss = torch.nn.functional.cross_entropy(q @ p.T / config.loss.temperature, torch.arange(len(q)))
         loss.backward()
         if step == 0:
-            first = {name: 0.1 * p.grad for name, p in encoder.named_parameters()}  # what Adam's first moment becomes
+            first = {name: 0.1 * p.grad for name, p in towers.named_parameters()}  # what Adam's first moment becomes
         assert torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.train.clip) > config.train.clip
         for group in optimizer.param_groups:
             group["lr"] = config.train.learning_rate * (1 - step / 10)
         optimizer.step()
         optimizer.zero_grad()
-    return encoder.state_dict(), first
+    return towers.state_dict(), first
 
 
 def embed_all(encoder, source, texts):
@@ -139,7 +153,7 @@ def two_ranks(request, store, tmp_path_factory):
     if request.param != "torch" and shutil.which("c++") is None:
         pytest.skip("DeepSpeed compiles its CPU communication at first use, and there is no C++ compiler")
     folders = [str(source.folder) for source in store.sources]
-    run_ranks(worker, 2, folders, str(out), {**engine, "keep_tokens": 200})
+    run_ranks(worker, 2, folders, str(out), engine)
     return out
 
 
@@ -150,14 +164,14 @@ def truth(store):
 
 @pytest.fixture(scope="module")
 def begin(store):
-    return tiny_encoder().state_dict()
+    return tiny_towers().state_dict()
 
 
 def test_one_process_with_caching_equals_the_whole_batch_at_once(store, truth, begin):
-    for keep in (0, 300, 10**6):
-        _, first = run(settings(keep_tokens=keep, clip=1e9), store, World(0, 1, torch.device("cpu")), 0, 1)
+    for keep in ("none", "some", "all"):
+        _, first = run(settings(clip=1e9), store, World(0, 1, torch.device("cpu")), 0, 1, keep=keep)
         assert gradient_error(first, truth[1]) < GRADIENT
-        result, _ = run(settings(keep_tokens=keep), store, World(0, 1, torch.device("cpu")))
+        result, _ = run(settings(), store, World(0, 1, torch.device("cpu")), keep=keep)
         assert update_error(result, truth[0], begin) < UPDATE
 
 
@@ -181,15 +195,17 @@ def test_a_checkpoint_goes_on_at_another_world_size_and_engine(two_ranks, store,
 
 def test_dropout_masks_are_replayed(store):
     def gradient(keep):
-        config = settings(keep_tokens=keep)
-        encoder = tiny_encoder(dropout=0.3).train()
+        config = settings(clip=0.0)
         world = World(0, 1, torch.device("cpu"))
-        engine = make_engine(encoder, config.train, world)
-        with make_feed(make_planner(store, config), store, config, world, first=1) as feed:
-            loss, _ = run_step(engine, next(feed), config, world)
-        return loss, torch.cat([p.grad.flatten() for p in encoder.parameters()])
+        stepper = make_stepper(config, world, keep, tiny_towers(dropout=0.3))
+        gradients = []
+        stepper.engine.step = lambda: gradients.extend(p.grad for p in stepper.engine.module.parameters()) or 1.0
+        with make_feed(make_planner(store, config), store, config, world, first=1, budget=stepper.tokens) as feed:
+            result = stepper(next(feed), 1e-3)
+        return result.loss, result.kept, torch.cat([gradient.flatten() for gradient in gradients])
 
-    (loss, whole), (same_loss, cached) = gradient(10**6), gradient(0)
+    (loss, all_, whole), (same_loss, none, cached) = gradient("all"), gradient("none")
+    assert (all_, none) == (1, 0)
     assert loss == same_loss
     assert torch.equal(whole, cached)
 

@@ -12,7 +12,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -59,6 +59,7 @@ class RankBatch:
         rows: (n,) int64 which rows of it these are, ascending.
         texts: (2n + h,) int64 text numbers of `plan.source`.
         micro_batches: the distinct texts, packed; `index` counts in order of their first occurrence.
+        budget: tokens per micro-batch, padding included.
         inverse: (2n + h,) int64 which distinct text each text is; None if no two are equal.
         passage_ids: (n + h,) int64 content ids of the passages, then of the negatives.
         tokens: how many tokens the encoder reads, each distinct text once.
@@ -68,6 +69,7 @@ class RankBatch:
     rows: np.ndarray
     texts: np.ndarray
     micro_batches: list[MicroBatch]
+    budget: int
     inverse: np.ndarray | None
     passage_ids: np.ndarray
     tokens: int
@@ -93,6 +95,7 @@ def rank_batch(
     rows: np.ndarray,
     budget: int,
     *,
+    towers: int = 1,
     pin: bool = False,
     rewrite: Rewrite | None = None,
 ) -> RankBatch:
@@ -103,6 +106,7 @@ def rank_batch(
         source: the one it is drawn from.
         rows: (n,) int64 positions in the batch.
         budget: tokens per micro-batch, padding included.
+        towers: 2 packs queries (tower 0) and passages (tower 1) apart.
         pin: write the tokens to pinned memory, from which a GPU copies without waiting.
         rewrite: see `Rewrite`.
 
@@ -121,10 +125,16 @@ def rank_batch(
         if (rewritten := rewrite(plan, source, texts, roles, where)) is not None:
             tokens, offsets = _checked(*rewritten, len(texts))
             numbers, hashes = np.arange(len(texts)), None
-    kept, inverse = distinct(numbers, tokens, offsets, hashes)
-    micro_batches = pack(kept, tokens, offsets, budget, out=_pinned(kept, offsets) if pin else None)
+    micro_batches, inverses, m = [], [], 0
+    for tower, part in enumerate([numbers] if towers == 1 else [numbers[: len(rows)], numbers[len(rows) :]]):
+        kept, inverse = distinct(part, tokens, offsets, hashes)
+        packed = pack(kept, tokens, offsets, budget, out=_pinned(kept, offsets) if pin else None)
+        micro_batches += [replace(micro, index=m + micro.index, tower=tower) for micro in packed] if tower else packed
+        inverses.append(m + (np.arange(len(part)) if inverse is None else inverse))
+        m += len(kept)
+    inverse = None if m == len(texts) else np.concatenate(inverses)
     total = sum(len(micro.tokens) for micro in micro_batches)
-    return RankBatch(plan, rows, texts, micro_batches, inverse, passage_ids, total)
+    return RankBatch(plan, rows, texts, micro_batches, budget, inverse, passage_ids, total)
 
 
 class Feed:
@@ -139,6 +149,7 @@ class Feed:
         rank: of this process.
         world: number of ranks.
         budget: tokens per micro-batch, padding included.
+        towers: see `rank_batch`.
         first: the first step.
         steps: the step to end before: the number of steps of the run.
         ahead: so many batches are ready, or being prepared, beside the one that was taken last; at least 1.
@@ -155,6 +166,7 @@ class Feed:
         rank: int = 0,
         world: int = 1,
         budget: int,
+        towers: int = 1,
         first: int = 0,
         steps: int,
         ahead: int = 2,
@@ -165,12 +177,14 @@ class Feed:
             raise ValueError(
                 f"rank {rank} of {world} with {ahead} batches ahead: need 0 <= rank < world and ahead >= 1"
             )
-        pin = pin and _gpu_is_there()
+        self._options = options = {
+            "budget": budget, "towers": towers, "pin": pin and _gpu_is_there(), "rewrite": rewrite
+        }  # fmt: skip
 
         def prepare(step: int) -> RankBatch:
             plan = planner.plan(step)
             source = store.sources[plan.source]
-            return rank_batch(plan, source, rows_of(plan, source, rank, world), budget, pin=pin, rewrite=rewrite)
+            return rank_batch(plan, source, rows_of(plan, source, rank, world), **options)
 
         self._left = max(steps - first, 0)
         self._ready: queue.SimpleQueue[RankBatch | BaseException] = queue.SimpleQueue()
@@ -194,6 +208,10 @@ class Feed:
         self._left -= 1
         self._free.release()
         return item
+
+    def set_budget(self, budget: int) -> None:
+        """Pack batches with another budget from now on; those that are ready have the old one."""
+        self._options["budget"] = budget
 
     def close(self) -> None:
         """End the thread, after the batch that it is preparing; the iteration is over."""

@@ -10,7 +10,8 @@ copied once. The kernels release the GIL: `hbt_fast.data.feed` runs them beside 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,11 +30,13 @@ class MicroBatch:
         index: (n,) int64 which of the given texts these are, in order of falling length.
         tokens: (T,) int32 their token ids, one text after the other.
         cu_seqlens: (n + 1,) int32 text i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]].
+        tower: which encoder they go through, where queries and passages have one each: 0 or 1.
     """
 
     index: np.ndarray
     tokens: np.ndarray
     cu_seqlens: np.ndarray
+    tower: int = 0
 
     @property
     def longest(self) -> int:
@@ -89,6 +92,25 @@ def pack(
         MicroBatch(order[a:b], out[x:y], cu_seqlens[a + k : b + k + 1])
         for k, ((a, x), (b, y)) in enumerate(pairwise(bounds))
     ]
+
+
+def repack(micro_batches: Sequence[MicroBatch], budget: int) -> list[MicroBatch]:
+    """The same texts in micro-batches of another budget: what `pack` would have made of them.
+
+    Args:
+        micro_batches: all of a step; those of one tower stay together.
+        budget: tokens per micro-batch, padding included.
+    """
+    made = []
+    for tower in sorted({micro.tower for micro in micro_batches}):
+        old = [micro for micro in micro_batches if micro.tower == tower]
+        index = np.concatenate([micro.index for micro in old])
+        order = np.argsort(index)
+        lengths = np.concatenate([np.diff(micro.cu_seqlens) for micro in old])
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        tokens = np.concatenate([micro.tokens for micro in old])
+        made += [replace(m, index=index[order[m.index]], tower=tower) for m in pack(order, tokens, offsets, budget)]
+    return made
 
 
 def distinct(

@@ -3,6 +3,8 @@
     engine(tokens, cu_seqlens)    forward of the module
     engine.accumulate()           context around all the backward calls of one step; one gradient reduction in it
     engine.backward(loss, last)   may be called many times per step; gradients add up locally, `last` marks the last
+    engine.forget()               drop the gradients that there are
+    engine.spoil()                make them NaN, in `accumulate`: this rank cannot, and no rank shall, make the update
     engine.step()                 average over ranks, clip, update, forget the gradients; returns the gradient norm;
                                   a norm that is NaN or infinite, which all ranks agree on, is a step without update
     engine.updates                how many updates were made
@@ -36,9 +38,19 @@ class SettingError(ValueError):
     """Settings that do not go together; the message names them and says what to write."""
 
 
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of those that are trained."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def _fill_with_nan(module: nn.Module) -> None:
+    for _, p in trained_parameters(module):
+        p.grad = torch.full_like(p, torch.nan)
+
+
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only (biases and layer norms are one-dimensional)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for _, p in trained_parameters(module)]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -63,12 +75,18 @@ class TorchEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
+    def forget(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def spoil(self) -> None:
+        _fill_with_nan(self.module)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
     def step(self) -> float:
-        trained = [p for p in self.module.parameters() if p.requires_grad]
+        trained = [p for _, p in trained_parameters(self.module)]
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
             dist.all_reduce(flat)
@@ -80,13 +98,13 @@ class TorchEngine:
         if math.isfinite(norm):
             self.optimizer.step()
             self.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
         return norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq")."""
+        """(trained parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq")."""
         parameters, moments = {}, {}
-        for name, p in self.module.named_parameters():
+        for name, p in trained_parameters(self.module):
             parameters[name] = p.detach().cpu().clone()
             for key in MOMENTS:
                 if key in self.optimizer.state[p]:
@@ -96,10 +114,9 @@ class TorchEngine:
     def restore(self, moments: dict[str, Tensor], updates: int) -> None:
         """Set the optimizer to where it was after so many updates (the parameters were loaded before)."""
         self.updates = updates
-        for name, p in self.module.named_parameters():
-            if p.requires_grad:
-                state = {key: moments[f"{name}.{key}"].to(p.device) for key in MOMENTS}
-                self.optimizer.state[p] = {"step": torch.tensor(float(updates)), **state}
+        for name, p in trained_parameters(self.module):
+            state = {key: moments[f"{name}.{key}"].to(p.device) for key in MOMENTS}
+            self.optimizer.state[p] = {"step": torch.tensor(float(updates)), **state}
 
 
 class DeepSpeedEngine:
@@ -136,6 +153,16 @@ class DeepSpeedEngine:
             self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
+    def forget(self) -> None:
+        self.engine.zero_grad()
+        self.inner.zero_grad(set_to_none=True)
+
+    def spoil(self) -> None:
+        _fill_with_nan(self.module)
+        if not self.zero_stage:  # the other ranks reduce at their last backward
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -156,7 +183,7 @@ class DeepSpeedEngine:
         return norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq"), whole on every rank."""
+        """(trained parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq"), whole on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if not self.zero_stage:
@@ -164,9 +191,9 @@ class DeepSpeedEngine:
         if self.updates:
             self._link_moments()
         parameters, moments = {}, {}
-        for name, p in self.module.named_parameters():
+        for name, p in trained_parameters(self.module):
             parameters[name] = safe_get_full_fp32_param(p).cpu().clone()
-            if p.requires_grad and self.updates:
+            if self.updates:
                 for key in MOMENTS:
                     moments[f"{name}.{key}"] = safe_get_full_optimizer_state(p, key).cpu().clone()
         return parameters, moments
@@ -186,8 +213,8 @@ class DeepSpeedEngine:
             zeros = {key: torch.zeros_like(partition) for key in MOMENTS}
             zero.optimizer.state[partition] = {"step": torch.tensor(float(updates)), **zeros}
         self._link_moments()
-        for name, p in self.module.named_parameters():
-            for key in MOMENTS if p.requires_grad else ():
+        for name, p in trained_parameters(self.module):
+            for key in MOMENTS:
                 safe_set_full_optimizer_state(p, moments[f"{name}.{key}"].to(zero.device), key)
 
     def _link_moments(self) -> None:

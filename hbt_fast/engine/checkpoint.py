@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON, whole tensors, so that any world size and ZeRO stage can go on from them.
 
-    checkpoint-000100/model.safetensors       float32 parameters by name
+    checkpoint-000100/model.safetensors       float32 parameters by name (those that are trained)
                       optimizer.safetensors   AdamW's moments by name
                       state.json              the step, what the run was, and the files' checksums
 
@@ -16,13 +16,30 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        step: steps done.
+        parameters: the trained ones by name, float32.
+        moments: the optimizer's, by name.
+        progress: what else `save_checkpoint` was given.
+    """
+
+    step: int
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    progress: dict
 
 
 class CheckpointError(ValueError):
@@ -37,7 +54,7 @@ def save_checkpoint(
     identity: dict,
     keep: int,
     *,
-    skipped: int = 0,
+    progress: dict | None = None,
     best: int | None = None,
 ) -> Path:
     """Write the checkpoint after `step` steps (one rank does this) and remove all but the newest `keep`.
@@ -49,7 +66,7 @@ def save_checkpoint(
         moments: the same of the optimizer.
         identity: what must be the same for a run that goes on from it (JSON).
         keep: how many checkpoints stay, at least 1.
-        skipped: how many of the steps made no update.
+        progress: what else the run has to know to go on (JSON).
         best: the step of a checkpoint that stays however old it gets.
 
     Raises:
@@ -66,7 +83,13 @@ def save_checkpoint(
         for name, tensors in (("model.safetensors", parameters), ("optimizer.safetensors", moments)):
             save_file({key: value.contiguous() for key, value in tensors.items()}, work / name)
             checksums[name] = _checksum(work / name)
-        state = {"format": FORMAT, "step": step, "skipped": skipped, "identity": identity, "checksums": checksums}
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "progress": progress or {},
+            "identity": identity,
+            "checksums": checksums,
+        }
         (work / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in (*work.iterdir(), work):
             _sync(path)
@@ -100,8 +123,8 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: Path, identity: dict) -> tuple[int, dict[str, Tensor], dict[str, Tensor], int]:
-    """Read a checkpoint: (steps done, parameters, moments, how many of the steps made no update).
+def load_checkpoint(folder: Path, identity: dict) -> Checkpoint:
+    """Read a checkpoint.
 
     Raises:
         CheckpointError: not whole, or of a run with other settings (named).
@@ -118,7 +141,20 @@ def load_checkpoint(folder: Path, identity: dict) -> tuple[int, dict[str, Tensor
             "(another train.run_dir)"
         )
     parameters, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-    return state["step"], parameters, moments, state.get("skipped", 0)
+    return Checkpoint(state["step"], parameters, moments, state["progress"])
+
+
+def weights_checksum(parameters: dict[str, Tensor]) -> str:
+    """A checksum of weights, names included.
+
+    Args:
+        parameters: by name.
+    """
+    state = xxhash.xxh3_128()
+    for name, p in sorted(parameters.items()):
+        state.update(name.encode())
+        state.update(p.detach().cpu().contiguous().numpy())
+    return state.hexdigest()
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -64,8 +64,10 @@ def start(settings: TrainConfig) -> World:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
-    autocast = torch.bfloat16 if bf16 else None
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 and not uses_deepspeed(settings):
         return World(0, 1, device, autocast)

@@ -6,11 +6,16 @@ import json
 import time
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hbt_fast.config import Config, dump
 from hbt_fast.data.counts import DrawCounts
 from hbt_fast.data.plan import BatchPlan, BatchPlanner
 from hbt_fast.engine.launch import World
+
+if TYPE_CHECKING:
+    from hbt_fast.data.feed import RankBatch
+    from hbt_fast.engine.step import StepResult
 
 BEFORE, AFTER = "before training", "after training"  # when an evaluation was made
 
@@ -60,40 +65,35 @@ class RunLog:
                 self.counts.add(planner.plan(step))
             path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
-    def step(
-        self,
-        step: int,
-        plan: BatchPlan,
-        loss: float,
-        accuracy: float,
-        *,
-        norm: float,
-        rate: float,
-        tokens: int,
-        seconds: float,
-        waited: float,
-    ) -> None:
+    def step(self, batch: RankBatch, result: StepResult, *, rate: float, seconds: float, waited: float) -> None:
         """One step is done: a line in metrics.jsonl, every `log_every` steps a line for people."""
         if not self.on:
             return
+        plan = batch.plan
         record = {
-            "step": step,
+            "step": plan.step,
             "kind": plan.kind,
             "source": self.counts.store.sources[plan.source].name,
-            "loss": loss,
-            "accuracy": accuracy,
-            "gradient_norm": norm,
+            "loss": result.loss,
+            "accuracy": result.accuracy,
+            "gradient_norm": result.norm,
             "learning_rate": rate,
-            "tokens": tokens,
+            "tokens": batch.tokens,
             "seconds": round(seconds, 4),
             "waited": round(waited, 4),
+            "phases": {name: round(took, 4) for name, took in result.seconds.items()},
+            "kept": round(result.kept, 3),
         }
+        if self.config.loss.learn_temperature:
+            record["temperature"] = result.temperature
+        if self.settings.micro_batch_tokens == "auto":
+            record["micro_batch_tokens"] = result.micro_batch_tokens
         self.counts.add(plan)
         self._append(record)
         for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):
-            self.writer.add_scalar(name, record[name], step)
-        self.writer.add_scalar(f"loss/{plan.kind}", loss, step)
-        self.recent.append((loss, accuracy))
+            self.writer.add_scalar(name, record[name], plan.step)
+        self.writer.add_scalar(f"loss/{plan.kind}", result.loss, plan.step)
+        self.recent.append((result.loss, result.accuracy))
         self.seconds += seconds
         self.rate = rate
         self._report(plan)

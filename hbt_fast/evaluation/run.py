@@ -31,6 +31,7 @@ def evaluate(
     query_prompt: str = "Query: ",
     passage_prompt: str = "Passage: ",
     *,
+    passage_encoder: TextEncoder | None = None,
     model: str = "",
     device: str = "auto",
     top_k: int = 10,
@@ -44,6 +45,7 @@ def evaluate(
         task: what to retrieve.
         query_prompt: put before every query (by the encoder).
         passage_prompt: put before every candidate.
+        passage_encoder: encodes the candidates; None: the same.
         model: name for reports.
         device: where ranks and search run: "auto", "cpu" or "cuda".
         top_k: depth at which language bias is measured; cut to the number of candidates.
@@ -64,7 +66,7 @@ def evaluate(
     q_Nd = _encode(encoder, task.queries, query_prompt, "query", progress)
     phase("encode queries", f"{len(q_Nd):,} texts, {q_Nd.shape[1]} dimensions", started)
     started = time.perf_counter()
-    p_Md = _encode(encoder, task.candidates, passage_prompt, "candidate", progress)
+    p_Md = _encode(passage_encoder or encoder, task.candidates, passage_prompt, "candidate", progress)
     phase("encode candidates", f"{len(p_Md):,} texts", started)
     if q_Nd.shape[1] != p_Md.shape[1]:
         raise EvaluationError(f"query vectors have {q_Nd.shape[1]} dimensions, candidate vectors {p_Md.shape[1]}")

@@ -1,0 +1,66 @@
+"""The loop over the steps of a run: batches in, log lines and checkpoints out; signals and bad steps are dealt with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hbt_fast.data.feed import Feed
+from hbt_fast.engine.guard import SkippedSteps
+from hbt_fast.engine.launch import World
+from hbt_fast.engine.runlog import RunLog
+from hbt_fast.engine.schedule import learning_rates
+from hbt_fast.engine.signals import StoppedError, StopSignals
+from hbt_fast.engine.step import Stepper
+
+if TYPE_CHECKING:
+    from hbt_fast.config import TrainConfig
+
+
+def train_steps(
+    stepper: Stepper,
+    feed: Feed,
+    settings: TrainConfig,
+    world: World,
+    log: RunLog,
+    guard: SkippedSteps,
+    keep: Callable[[int], None],
+    first: int,
+) -> None:
+    """All steps from `first` on.
+
+    Args:
+        stepper: takes them.
+        feed: this rank's batches.
+        settings: of the run.
+        world: the ranks.
+        log: told of every step.
+        guard: is told of steps without a finite gradient.
+        keep: writes the checkpoint after so many steps; all ranks call it.
+        first: the step that the feed begins with.
+
+    Raises:
+        StoppedError: SIGTERM or SIGINT came to a rank; a checkpoint is written.
+        DivergedError: too many steps in a row without a finite gradient.
+        CheckpointError: a checkpoint could not be written.
+    """
+    rate = learning_rates(settings)
+    with StopSignals() as signals:
+        for step in range(first, settings.steps):
+            began = time.perf_counter()
+            batch = next(feed)
+            waited = time.perf_counter() - began
+            result = stepper(batch, rate(step))
+            feed.set_budget(stepper.tokens)
+            if result.trouble:
+                guard.skipped(batch.plan, result.trouble)
+            else:
+                guard.taken()
+                log.step(batch, result, rate=rate(step), seconds=time.perf_counter() - began, waited=waited)
+            done, every = step + 1, settings.checkpoint_every
+            stop = world.largest(signals.number)
+            if stop or done == settings.steps or (every and done % every == 0):
+                keep(done)
+            if stop:
+                raise StoppedError(stop, done)

@@ -1,0 +1,139 @@
+"""Memory of a training step: what a micro-batch's graph takes, which graphs fit, what running out looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hbt_fast.data.pack import MicroBatch
+
+GIB = 2**30
+CPU_SHARE, GPU_SHARE = 0.5, 0.9  # of the free memory: a CPU's is everybody's
+NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take: of its GPU, or its share of the machine's (or container's) memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [1024 * _number("/proc/meminfo", "MemAvailable:")]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such limit
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
+    return max(min(found), 0) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def used_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: of its GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * _number("/proc/self/status", "VmHWM:")
+
+
+def _number(path: str, name: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise OSError(f"{path} has no {name}")
+
+
+@dataclass
+class KeptGraphs:
+    """Which micro-batches of a step keep their graph from the first pass, and are not embedded a second time.
+
+    What a graph takes is measured: in the first steps nothing is kept, and every graph that the second pass makes is
+    looked at. Bytes are then a fixed part, one per token and one per token and length (attention), fitted and raised
+    so that no graph that was seen took more.
+
+    Args:
+        module: whose graphs they are.
+        device: where.
+        limit: bytes that kept graphs may take; None: half of what is free on a CPU, nine tenths on a GPU, less twice
+            the largest graph.
+
+    Attributes:
+        seen: [padded tokens, longest, bytes] of every graph that was measured.
+    """
+
+    module: nn.Module
+    device: torch.device
+    limit: int | None = None
+    seen: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def choose(self, micro_batches: Sequence[MicroBatch]) -> list[bool]:
+        """Which to keep: as many as fit, those first that save most (their second forward pass).
+
+        Args:
+            micro_batches: of one step.
+        """
+        keep = [False] * len(micro_batches)
+        if self.limit == 0 or not self.seen:
+            return keep
+        needs = self.expected(micro_batches)
+        if self.limit is None:
+            share = GPU_SHARE if self.device.type == "cuda" else CPU_SHARE
+            self.limit = max(int(share * free_bytes(self.device) - 2 * needs.max()), 0)
+        left = self.limit
+        for k in sorted(range(len(micro_batches)), key=lambda k: -micro_batches[k].cost):
+            if needs[k] <= left:
+                keep[k], left = True, left - needs[k]
+        return keep
+
+    def expected(self, micro_batches: Sequence[MicroBatch]) -> np.ndarray:
+        """Bytes of each graph, from those that were measured."""
+        shapes = np.array([(micro.cost, micro.longest) for micro in micro_batches], float)
+        seen = np.array(self.seen, float)
+        features = _features(seen[:, 0], seen[:, 1])
+        unit = features.max(axis=0)
+        weights = np.linalg.lstsq(features / unit, seen[:, 2], rcond=None)[0].clip(0)
+        raised = (seen[:, 2] / np.maximum(features / unit @ weights, 1)).max()
+        return raised * (_features(*shapes.T) / unit @ weights)
+
+    @contextmanager
+    def measured(self, micro: MicroBatch) -> Iterator[None]:
+        """Around the forward pass of a micro-batch: note what its graph takes."""
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            yield
+            self.seen.append((micro.cost, micro.longest, torch.cuda.memory_allocated(self.device) - before))
+            return
+        weights = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
+        saved = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        self.seen.append((micro.cost, micro.longest, sum(saved.values())))
+
+    def shrink(self) -> None:
+        """Memory ran out: keep half as much from now on."""
+        if self.limit:
+            self.limit //= 2
+
+
+def _features(tokens: np.ndarray, longest: np.ndarray) -> np.ndarray:
+    return np.stack([np.ones_like(tokens), tokens, tokens * longest], axis=1)
