@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from hbt_fast.config import BatchConfig, Config, LossConfig, TrainConfig
+from hbt_fast.config import BatchConfig, Config, LossConfig, ModelConfig, TrainConfig
 from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch
 from hbt_fast.encoder.towers import Towers
@@ -25,9 +25,15 @@ GRADIENT = 1e-5
 UPDATE = 3e-4
 
 
-def settings(**train) -> Config:
+def settings(two_towers=False, **train) -> Config:
+    """Of one encoder, or of two and a learned temperature."""
     options = {"learning_rate": 1e-2, "clip": 0.5, "micro_batch_tokens": 120, "engine": "torch", "precision": "fp32"}
-    return Config(batch=BatchConfig(size=15, source_gamma=1.0), train=TrainConfig(**{**options, **train}))
+    return Config(
+        model=ModelConfig(separate_towers=two_towers),
+        batch=BatchConfig(size=15, source_gamma=1.0),
+        loss=LossConfig(learn_temperature=two_towers),
+        train=TrainConfig(**{**options, **train}),
+    )
 
 
 def tiny_encoder(dropout=0.0):
@@ -42,13 +48,15 @@ class _Tokenizer:  # as much of one as a model's config needs
         return 300
 
 
-def tiny_towers(dropout=0.0):
-    return Towers([tiny_encoder(dropout)])
+def tiny_towers(config: Config, dropout=0.0):
+    if not config.model.separate_towers:
+        return Towers([tiny_encoder(dropout)])
+    return Towers([tiny_encoder(dropout), tiny_encoder(dropout)], config.loss.temperature)
 
 
 def make_stepper(config: Config, world: World, keep="some", towers=None) -> Stepper:
     """A stepper that keeps no graphs, those of every third micro-batch, or all."""
-    stepper = Stepper(make_engine((towers or tiny_towers()).train(), config.train, world), config, world)
+    stepper = Stepper(make_engine((towers or tiny_towers(config)).train(), config.train, world), config, world)
     kept = {"none": lambda k: False, "some": lambda k: k % 3 == 1, "all": lambda k: True}[keep]
     stepper.graphs.choose = lambda micro_batches: [kept(k) for k in range(len(micro_batches))]
     stepper.graphs.seen = [(1, 1, 1)]  # nothing is to be measured
@@ -57,7 +65,7 @@ def make_stepper(config: Config, world: World, keep="some", towers=None) -> Step
 
 def run(config: Config, store: Store, world: World, first: int = 0, last: int = STEPS, restored=None, keep="some"):
     """Train some steps; returns the engine's state (parameters, moments)."""
-    towers = tiny_towers()
+    towers = tiny_towers(config)
     if restored:
         towers.load_trained(restored[0])
     stepper = make_stepper(config, world, keep, towers)
@@ -71,9 +79,8 @@ def run(config: Config, store: Store, world: World, first: int = 0, last: int = 
 
 def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The same steps in plain torch and float64: the whole batch in one graph, torch's own cross entropy."""
-    towers = tiny_towers().train().double()
-    encoder = towers.queries
-    decay = [p for p in encoder.parameters() if p.ndim > 1], [p for p in encoder.parameters() if p.ndim <= 1]
+    towers = tiny_towers(config).train().double()
+    decay = [p for p in towers.parameters() if p.ndim > 1], [p for p in towers.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay[0], "weight_decay": 0.01}, {"params": decay[1], "weight_decay": 0.0}]
     )
@@ -81,12 +88,13 @@ def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], di
     for step in range(STEPS):
         plan = planner.plan(step)
         source = store.sources[plan.source]
-        q, p = (embed_all(encoder, source, texts) for texts in (plan.queries, plan.passages))
-        loss = torch.nn.functional.cross_entropy(q @ p.T / config.loss.temperature, torch.arange(len(q)))
+        q, p = embed_all(towers.queries, source, plan.queries), embed_all(towers.passages, source, plan.passages)
+        scale = 1 / config.loss.temperature if towers.log_scale is None else towers.log_scale.exp()
+        loss = torch.nn.functional.cross_entropy(q @ p.T * scale, torch.arange(len(q)))
         loss.backward()
         if step == 0:
             first = {name: 0.1 * p.grad for name, p in towers.named_parameters()}  # what Adam's first moment becomes
-        assert torch.nn.utils.clip_grad_norm_(encoder.parameters(), config.train.clip) > config.train.clip
+        assert torch.nn.utils.clip_grad_norm_(towers.parameters(), config.train.clip) > config.train.clip
         for group in optimizer.param_groups:
             group["lr"] = config.train.learning_rate * (1 - step / 10)
         optimizer.step()
@@ -124,6 +132,8 @@ def worker(rank: int, world: int, folders: list[str], out: str, train: dict) -> 
     store = Store(tuple(map(SourceStore.open, folders)), (None,) * len(folders))
     here = start(config.train)
     first = run(settings(**train, clip=1e9), store, here, 0, 1)  # clipping would hide a factor
+    towers_first = run(settings(True, **train, clip=1e9), store, here, 0, 1)
+    towers = run(settings(True, **train), store, here)
     whole = run(config, store, here)
     half = run(config, store, here, 0, STEPS // 2)
     if rank == 0:
@@ -131,8 +141,9 @@ def worker(rank: int, world: int, folders: list[str], out: str, train: dict) -> 
     here.barrier()
     step, *restored = load_checkpoint(newest_checkpoint(out), {"test": 1})
     resumed = run(config, store, here, step, STEPS, restored)
+    states = {"first": first, "whole": whole, "resumed": resumed, "towers first": towers_first, "towers": towers}
     if rank == 0:
-        for name, (parameters, moments) in {"first": first, "whole": whole, "resumed": resumed}.items():
+        for name, (parameters, moments) in states.items():
             save_file(parameters, out / f"{name}.parameters")
             save_file(moments, out / f"{name}.moments")
 
@@ -159,25 +170,26 @@ def two_ranks(request, store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(store):
-    return reference(store, settings())
+    return {two: reference(store, settings(two)) for two in (False, True)}
 
 
 @pytest.fixture(scope="module")
 def begin(store):
-    return tiny_towers().state_dict()
+    return {two: tiny_towers(settings(two)).state_dict() for two in (False, True)}
 
 
 def test_one_process_with_caching_equals_the_whole_batch_at_once(store, truth, begin):
     for keep in ("none", "some", "all"):
         _, first = run(settings(clip=1e9), store, World(0, 1, torch.device("cpu")), 0, 1, keep=keep)
-        assert gradient_error(first, truth[1]) < GRADIENT
+        assert gradient_error(first, truth[False][1]) < GRADIENT
         result, _ = run(settings(), store, World(0, 1, torch.device("cpu")), keep=keep)
-        assert update_error(result, truth[0], begin) < UPDATE
+        assert update_error(result, truth[False][0], begin[False]) < UPDATE
 
 
 def test_two_ranks_under_any_engine_equal_plain_adamw(two_ranks, truth, begin):
-    assert gradient_error(load_file(two_ranks / "first.moments"), truth[1]) < GRADIENT
-    assert update_error(load_file(two_ranks / "whole.parameters"), truth[0], begin) < UPDATE
+    for two, first, whole in ((False, "first", "whole"), (True, "towers first", "towers")):
+        assert gradient_error(load_file(two_ranks / f"{first}.moments"), truth[two][1]) < GRADIENT
+        assert update_error(load_file(two_ranks / f"{whole}.parameters"), truth[two][0], begin[two]) < UPDATE
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(two_ranks):
@@ -190,14 +202,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(two_ranks):
 def test_a_checkpoint_goes_on_at_another_world_size_and_engine(two_ranks, store, truth, begin):
     step, *restored = load_checkpoint(newest_checkpoint(two_ranks), {"test": 1})
     result, _ = run(settings(), store, World(0, 1, torch.device("cpu")), step, STEPS, restored)
-    assert update_error(result, truth[0], begin) < UPDATE
+    assert update_error(result, truth[False][0], begin[False]) < UPDATE
 
 
 def test_dropout_masks_are_replayed(store):
     def gradient(keep):
         config = settings(clip=0.0)
         world = World(0, 1, torch.device("cpu"))
-        stepper = make_stepper(config, world, keep, tiny_towers(dropout=0.3))
+        stepper = make_stepper(config, world, keep, tiny_towers(config, dropout=0.3))
         gradients = []
         stepper.engine.step = lambda: gradients.extend(p.grad for p in stepper.engine.module.parameters()) or 1.0
         with make_feed(make_planner(store, config), store, config, world, first=1, budget=stepper.tokens) as feed:
