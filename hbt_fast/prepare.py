@@ -42,9 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrainedTokenizerFast]:
-    """The token store of a configuration and its tokenizer, found or made; rank 0 makes it, the others wait.
+    """The token store of a configuration and its tokenizer, found or made.
 
     Every source is a folder of its own under data.store_dir: what changes one source leaves the others as they are.
+    Of several ranks the first makes them, then the first of each machine, in case its disk is another; all others wait.
 
     Returns:
         (store, tokenizer).
@@ -52,14 +53,13 @@ def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrain
     Raises:
         DataError: see `read_source` and `build_source`; sources of one name with different weights.
     """
-    if world is None or world.first:
-        tokenizer = _tokenizer(config)
-        store = _store(config, tokenizer, verify=True)
-    if world is not None:
-        world.barrier()
-        if not world.first:
+    turn = 0 if world is None or world.first else 1 if world.local == 0 else 2
+    for now in range(1 if world is None else 3):
+        if now == turn:
             tokenizer = _tokenizer(config)
-            store = _store(config, tokenizer, verify=False)
+            store = _store(config, tokenizer, verify=turn < 2)
+        if world is not None:
+            world.barrier()
     return store, tokenizer
 
 

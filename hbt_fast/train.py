@@ -26,8 +26,6 @@ from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.checkpoint import (
     Checkpoint,
     CheckpointError,
-    load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
     weights_checksum,
 )
@@ -35,6 +33,7 @@ from hbt_fast.engine.guard import DivergedError, SkippedSteps
 from hbt_fast.engine.launch import World, lost_a_rank, make_engine, start
 from hbt_fast.engine.loop import train_steps
 from hbt_fast.engine.runlog import AFTER, RunLog
+from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.signals import StoppedError
 from hbt_fast.engine.step import Stepper
 from hbt_fast.evaluation.run import EvaluationError
@@ -87,11 +86,13 @@ def train(config: Config) -> Path:
     identity = {**planner.identity, **(rewrite.identity if rewrite else {}), "steps": config.train.steps}
     if frozen := towers.frozen():
         identity["frozen weights"] = weights_checksum(frozen)
+    make_alike(world, config, identity, towers)
     towers.to(world.device)
     resumed = Checkpoint(0, {}, {}, {})
-    if config.train.resume and (folder := newest_checkpoint(run)):
-        resumed = load_checkpoint(folder, identity)
-        log.say(f"resuming from {folder}: {resumed.step} of {config.train.steps} steps are done")
+    if config.train.resume:
+        folder, resumed = checkpoint_of_all(world, run, identity)
+        if folder:
+            log.say(f"resuming from {folder}: {resumed.step} of {config.train.steps} steps are done")
     before = evaluate_before(towers, config, world, log)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()
     first, skipped = resumed.step, resumed.progress.get("skipped", 0)

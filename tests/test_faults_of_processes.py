@@ -24,15 +24,22 @@ SMALL = [
 ]  # fmt: skip
 
 
-def begin(folder: Path, run: str, ranks: int, *more: str) -> list[subprocess.Popen]:
-    """The program on so many ranks, each a process that the test can signal."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def begin(
+    folder: Path, run: str, ranks: int, *more: str, only: int | None = None, port: str | None = None
+) -> list[subprocess.Popen]:
+    """The program on so many ranks (or only one of them), each a process that the test can signal."""
+    port = port or free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if ranks > 1:
         environment["WORLD_SIZE"] = str(ranks)
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    own = own if only is None else [own[only]]
     command = [*PROGRAM, *SMALL, f"train.run_dir={run}", *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
     return [subprocess.Popen(command, env={**environment, **mine}, **pipes) for mine in own]

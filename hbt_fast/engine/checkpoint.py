@@ -123,6 +123,11 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint, whole or not; -1 if there is none."""
+    return max(map(_step, _checkpoints(run)), default=-1)
+
+
 def load_checkpoint(folder: Path, identity: dict) -> Checkpoint:
     """Read a checkpoint.
 
@@ -130,18 +135,33 @@ def load_checkpoint(folder: Path, identity: dict) -> Checkpoint:
         CheckpointError: not whole, or of a run with other settings (named).
     """
     state = _verified_state(folder)
-    changed = [
-        f"{name} was {state['identity'].get(name)!r}, is {value!r}"
-        for name, value in identity.items()
-        if state["identity"].get(name) != value
-    ]
-    if changed:
+    now = json.loads(json.dumps(identity))
+    if changed := differences(state["identity"], now, "was {}, is {}"):
         raise CheckpointError(
-            f"{folder} is of a run with other settings: {'; '.join(changed)}. Set them back, or start a new run "
-            "(another train.run_dir)"
+            f"{folder} is of a run with other settings or data: {'; '.join(changed)}. Set them back, or start a "
+            "new run (another train.run_dir)"
         )
     parameters, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
     return Checkpoint(state["step"], parameters, moments, state["progress"])
+
+
+def differences(before: dict, now: dict, words: str) -> list[str]:
+    """In what two dictionaries of JSON differ, each as its name and the two values.
+
+    Args:
+        before: what a run was.
+        now: what it is; what else `before` has does not count.
+        words: says the two values, as "was {}, is {}".
+    """
+    found = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            missing = dict.fromkeys(old.keys() - value.keys())
+            found += [f"{name}: {text}" for text in differences(old, {**value, **missing}, words)]
+        elif old != value:
+            found.append(f"{name} {words.format(repr(old), repr(value))}")
+    return found
 
 
 def weights_checksum(parameters: dict[str, Tensor]) -> str:

@@ -27,6 +27,7 @@ class World:
         device: of this rank.
         autocast: dtype of the encoder's matrix products, or None for float32.
         group: the process group of all ranks, or None when there is only one.
+        local: this rank's number on its machine.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class World:
     device: torch.device
     autocast: torch.dtype | None = None
     group: dist.ProcessGroup | None = None
+    local: int = 0
 
     @property
     def first(self) -> bool:
@@ -82,7 +84,7 @@ def start(settings: TrainConfig) -> World:
     if not dist.is_initialized():
         timeout = timedelta(minutes=settings.timeout_minutes)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None)
+    return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None, local)
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
