@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,10 +118,11 @@ def _texts(config: Config) -> Iterator[str]:
 def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> Store:
     """The sources' stores, found or built."""
     query, passage = roles(config.model)
-    made, weights = [], []
+    made, weights, made_of = [], [], []
     for name, group in _groups(config).items():
         parts = [name, *_inputs(config, group), query, passage, *tokenizer_parts(tokenizer)]
-        folder = Path(config.data.store_dir) / f"source-{fingerprint(parts)}"
+        contents = xxhash.xxh3_128()
+        folder = Path(config.data.store_dir) / f"source-{fingerprint(parts, contents)}"
         if folder.is_dir():
             made.append(SourceStore.open(folder, verify=verify))
         else:
@@ -132,7 +133,20 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
                 count = listing.read_text(encoding="utf-8").count("\n")
                 print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
         weights.append(group[0].weight)
-    return Store(tuple(made), tuple(weights))
+        settings = [asdict(replace(source, weight=None)) for source in group]
+        made_of.append(
+            {
+                "contents of files": contents.hexdigest()[:16],
+                "source": settings[0] if len(settings) == 1 else settings,
+                "languages": config.data.languages,
+                "on_error": config.data.on_error,
+                "query": asdict(query),
+                "passage": asdict(passage),
+                "tokenizer": fingerprint(tokenizer_parts(tokenizer)),
+                "store": fingerprint([folder / "source.json"]),  # which has the checksums of the arrays
+            }
+        )
+    return Store(tuple(made), tuple(weights), tuple(made_of))
 
 
 def roles(model: ModelConfig) -> tuple[Role, Role]:
@@ -148,14 +162,21 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> list[object]:
     return [json.dumps(core), tokenizer_options(tokenizer)]
 
 
-def fingerprint(parts: Iterable[object]) -> str:
-    """A short hash of settings (anything with a stable repr) and of the contents of files (given as Path)."""
+def fingerprint(parts: Iterable[object], contents: xxhash.xxh3_128 | None = None) -> str:
+    """A short hash of settings (anything with a stable repr) and of the contents of files (given as Path).
+
+    Args:
+        parts: what is hashed.
+        contents: a state that gets the contents of the files alone.
+    """
     state = xxhash.xxh3_128()
     for part in parts:
         if isinstance(part, Path):
             with open(part, "rb") as file:
                 while block := file.read(1 << 22):
                     state.update(block)
+                    if contents is not None:
+                        contents.update(block)
         else:
             state.update(repr(part).encode())
         state.update(b"\0")

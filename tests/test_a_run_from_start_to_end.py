@@ -155,7 +155,7 @@ def test_a_changed_input_builds_another_store_and_an_unchanged_one_does_not(fini
     for text in ("one", "two", "one"):
         path.write_text(json.dumps({"query": "q", "passage": text, "language": "en"}))
         source = f"data.sources=[{{path: {path}, name: own}}]"
-        stores.append(prepare(parse("test", "", [*SMALL, "model.path=run/model", source]))[0].name)
+        stores.append(prepare(parse("test", "", [*SMALL, "model.path=run/model", source]))[0].identity)
     assert stores[0] == stores[2] != stores[1]
 
 

@@ -213,7 +213,7 @@ def test_a_store_of_sources_numbers_languages_across_them(tokenizer, tmp_path):
     assert store.languages == ("de", "en", "fr")
     assert [n.tolist() for n in store.language_numbers] == [[0, 2], [1, 2]]
     assert (store.rows, store.weights) == (2, (None, 2.0))
-    assert store.name != build_store(tmp_path, [("b", None, two), ("a", None, one)], tokenizer, *ROLES).name
+    assert store.identity != build_store(tmp_path, [("b", 2.0, two), ("a", None, one)], tokenizer, *ROLES).identity
 
 
 @pytest.fixture

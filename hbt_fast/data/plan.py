@@ -108,7 +108,7 @@ class BatchPlanner:
     def __init__(self, store: Store, batch: BatchConfig, *, seed: int = 0, steps: int | None = None) -> None:
         check_settings(batch, steps)
         self.store, self.batch, self.seed, self.steps = store, batch, seed, steps
-        self.identity = {"store": store.name, "seed": seed, **asdict(batch)}
+        self.identity = {**store.identity, "seed": seed, **asdict(batch)}
         if batch.alpha_end is not None:
             self.identity["steps"] = steps
         weights = language_weights(batch, store)

@@ -188,10 +188,12 @@ class Store:
     Attributes:
         sources: in the order of the configuration; their number is what a batch plan calls source.
         weights: per source, the sampling weight its configuration gave, or None.
+        made_of: per source, what its rows and texts depend on, by name (JSON).
     """
 
     sources: tuple[SourceStore, ...]
     weights: tuple[float | None, ...]
+    made_of: tuple[dict, ...] = ()
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -204,10 +206,15 @@ class Store:
         number = {code: n for n, code in enumerate(self.languages)}
         return tuple(np.array([number[code] for code in s.languages], np.int32) for s in self.sources)
 
-    @cached_property
-    def name(self) -> str:
-        """What it is made of, hashed: stores of one name have equal sources in equal order."""
-        return xxhash.xxh3_64_hexdigest("\0".join(source.folder.name for source in self.sources).encode())
+    @property
+    def identity(self) -> dict:
+        """What it is made of, by name (JSON): stores of one identity give equal batches."""
+        described = self.made_of or [{"store": source.folder.name} for source in self.sources]
+        data = {
+            source.name: {"rows": source.rows, "weight": weight, **parts}
+            for source, weight, parts in zip(self.sources, self.weights, described, strict=True)
+        }
+        return {"sources": [source.name for source in self.sources], "data": data}
 
     @property
     def rows(self) -> int:
