@@ -150,7 +150,8 @@ def make_towers(
         if model.lora.rank:
             _add_adapters(encoder, model.lora, seed)
         if model.gradient_checkpointing:
-            encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+            new = getattr(encoder.model, "activation_checkpointing_enable", None)  # the name from transformers 5.20 on
+            (new or encoder.model.gradient_checkpointing_enable)({"use_reentrant": False})
         if model.compile:
             encoder.model.compile(dynamic=True)
     return Towers(encoders, temperature)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hbt_fast.engine.launch import World
 
 FIRST_TOKENS = {"cpu": 1024, "cuda": 8192}  # where the search begins
-LEAST_TOKENS = 64
+LEAST_TOKENS = 32
 
 
 class StepResult(NamedTuple):
