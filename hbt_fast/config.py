@@ -124,6 +124,8 @@ class TrainConfig:
         keep_checkpoints: so many newest ones stay.
         max_skipped_steps: steps with a NaN or infinite gradient are skipped; so many in a row end the run.
         timeout_minutes: how long ranks wait for each other (while rank 0 tokenises, for one).
+        hang_minutes: where no rank gets on with a step for so long, the rank that the others wait for is named and the
+            run ends; 0 waits. Checkpoints and evaluations may take longer.
     """
 
     run_dir: str = "runs/hbt"
@@ -146,6 +148,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_skipped_steps: int = 3
     timeout_minutes: int = 120
+    hang_minutes: float = 30
 
 
 @dataclass(frozen=True)

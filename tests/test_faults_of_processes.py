@@ -31,7 +31,13 @@ def free_port() -> str:
 
 
 def begin(
-    folder: Path, run: str, ranks: int, *more: str, only: int | None = None, port: str | None = None
+    folder: Path,
+    run: str,
+    ranks: int,
+    *more: str,
+    only: int | None = None,
+    port: str | None = None,
+    program: list[str] = PROGRAM,
 ) -> list[subprocess.Popen]:
     """The program on so many ranks (or only one of them), each a process that the test can signal."""
     port = port or free_port()
@@ -40,7 +46,7 @@ def begin(
         environment["WORLD_SIZE"] = str(ranks)
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
     own = own if only is None else [own[only]]
-    command = [*PROGRAM, *SMALL, f"train.run_dir={run}", *more]
+    command = [*program, *SMALL, f"train.run_dir={run}", *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
     return [subprocess.Popen(command, env={**environment, **mine}, **pipes) for mine in own]
 

@@ -105,6 +105,7 @@ def cached_backward(
     embeddings_md, log_scale, kept, short = None, None, {}, False
     try:
         for number, turn in enumerate(turns):
+            phases.left(len(turns) - number)
             with torch.set_grad_enabled(turn.keep):
                 out, log_scale = embed(number)
             if turn.keep:
@@ -140,6 +141,7 @@ def cached_backward(
     with engine.accumulate():
         try:
             for number, turn in enumerate(turns):
+                phases.left(len(turns) - number)
                 if number in kept:
                     out, log_scale = kept.pop(number)
                 else:

@@ -13,6 +13,7 @@ from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.schedule import learning_rates
 from hbt_fast.engine.signals import StoppedError, StopSignals
 from hbt_fast.engine.step import Stepper
+from hbt_fast.engine.watch import Watch
 
 if TYPE_CHECKING:
     from hbt_fast.config import TrainConfig
@@ -46,12 +47,15 @@ def train_steps(
         CheckpointError: a checkpoint could not be written.
     """
     rate = learning_rates(settings)
-    with StopSignals() as signals:
+    with StopSignals() as signals, Watch(world, settings.hang_minutes) as watch:
+        stepper.watch = watch
         for step in range(first, settings.steps):
+            watch.step(step)
             began = time.perf_counter()
             batch = next(feed)
             waited = time.perf_counter() - began
             result = stepper(batch, rate(step))
+            watch.begin("log")
             feed.set_budget(stepper.tokens)
             if result.trouble:
                 guard.skipped(batch.plan, result.trouble)
@@ -59,8 +63,10 @@ def train_steps(
                 guard.taken()
                 log.step(batch, result, rate=rate(step), seconds=time.perf_counter() - began, waited=waited)
             done, every = step + 1, settings.checkpoint_every
+            watch.begin("end")
             stop = world.largest(signals.number)
             if stop or done == settings.steps or (every and done % every == 0):
+                watch.begin("checkpoint")
                 keep(done)
             if stop:
                 raise StoppedError(stop, done)

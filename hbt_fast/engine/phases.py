@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from hbt_fast.engine.watch import Watch
 
 
 class Phases:
@@ -12,14 +16,22 @@ class Phases:
 
     Args:
         device: where the work is done.
+        watch: told what begins.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.marks = device, []
+    def __init__(self, device: torch.device, watch: Watch | None = None) -> None:
+        self.device, self.watch, self.marks = device, watch, []
 
     def begin(self, name: str) -> None:
         """The phase before ends, this one begins."""
         self.marks.append((name, self._now()))
+        if self.watch and name:
+            self.watch.begin(name)
+
+    def left(self, micro_batches: int) -> None:
+        """So many micro-batches of the phase are left."""
+        if self.watch:
+            self.watch.left(micro_batches)
 
     def end(self) -> dict[str, float]:
         """The last phase ends: seconds by name."""

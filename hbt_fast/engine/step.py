@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hbt_fast.config import Config
     from hbt_fast.data.feed import RankBatch
     from hbt_fast.engine.launch import World
+    from hbt_fast.engine.watch import Watch
 
 FIRST_TOKENS = {"cpu": 1024, "cuda": 8192}  # where the search begins
 LEAST_TOKENS = 32
@@ -65,6 +66,7 @@ class Stepper:
 
     Attributes:
         tokens: per micro-batch; batches that were packed with another number are packed again.
+        watch: told what a step does.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Stepper:
         found: dict | None = None,
     ) -> None:
         self.engine, self.config, self.world, self.say = engine, config, world, say
+        self.watch: Watch | None = None
         found, settings = found or {}, config.train
         self.tokens = found.get("micro_batch_tokens", settings.micro_batch_tokens)
         self.search = None
@@ -118,7 +121,7 @@ class Stepper:
         packed = batch.micro_batches if batch.budget == self.tokens else repack(batch.micro_batches, self.tokens)
         passage_ids = torch.from_numpy(batch.passage_ids).to(device)
         objective = Objective(config.loss, self.world, len(batch.rows), passage_ids)
-        phases = Phases(device)
+        phases = Phases(device, self.watch)
         searching = self.search is not None and not self.search.done
         try:
             done = cached_backward(
