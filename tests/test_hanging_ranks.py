@@ -20,7 +20,9 @@ forward, save, calls, rank = Towers.forward, train.save_checkpoint, [0], int(__i
 def dawdle(*inputs):
     calls[0] += 1
     if rank == 1 and {first} <= calls[0] < {first} + {times}:
-        time.sleep({seconds})
+        print("dawdling", flush=True)
+        for _ in range(10 * {seconds}):  # a single sleep would be over where the process is stopped meanwhile
+            time.sleep(0.1)
     return forward(*inputs)
 
 def save_slowly(*arguments, **options):
@@ -73,8 +75,9 @@ def test_slow_micro_batches_and_slow_checkpoints_are_waited_for(tmp_path):
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path):
-    ranks = begin(tmp_path, "run", 2, *WATCHED)
-    wait_for_step(ranks[0], 5)
+    ranks = begin(tmp_path, "run", 2, *WATCHED, program=patched(seconds=5))
+    assert any(line == "dawdling\n" for line in ranks[1].stdout)
+    time.sleep(2)  # both have reported that they are there
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
             rank.send_signal(number)
