@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,13 @@ def used_bytes(device: torch.device) -> int:
     return 1024 * _number("/proc/self/status", "VmHWM:")
 
 
+def resident_bytes(device: torch.device) -> int:
+    """What this process holds now: of its GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return 1024 * _number("/proc/self/status", "VmRSS:")
+
+
 def _number(path: str, name: str) -> int:
     for line in Path(path).read_text().splitlines():
         if line.startswith(name):
@@ -90,23 +97,30 @@ class KeptGraphs:
             return keep
         needs = self.expected(micro_batches)
         if self.limit is None:
-            share = GPU_SHARE if self.device.type == "cuda" else CPU_SHARE
-            self.limit = max(int(share * free_bytes(self.device) - 2 * needs.max()), 0)
+            self.limit = self.automatic(needs.max())
         left = self.limit
         for k in sorted(range(len(micro_batches)), key=lambda k: -micro_batches[k].cost):
             if needs[k] <= left:
                 keep[k], left = True, left - needs[k]
         return keep
 
+    def automatic(self, largest: float, reserve: float = 0) -> int:
+        """The limit where none is set.
+
+        Args:
+            largest: bytes of the largest graph.
+            reserve: bytes that are free now, but will not be.
+        """
+        share = GPU_SHARE if self.device.type == "cuda" else CPU_SHARE
+        return max(int(share * (free_bytes(self.device) - reserve) - 2 * largest), 0)
+
     def expected(self, micro_batches: Sequence[MicroBatch]) -> np.ndarray:
         """Bytes of each graph, from those that were measured."""
-        shapes = np.array([(micro.cost, micro.longest) for micro in micro_batches], float)
-        seen = np.array(self.seen, float)
-        features = _features(seen[:, 0], seen[:, 1])
-        unit = features.max(axis=0) * [100, 1, 1]  # a fixed part only as far as the others do not explain it
-        weights = np.linalg.lstsq(features / unit, seen[:, 2], rcond=None)[0].clip(0)
-        raised = (seen[:, 2] / np.maximum(features / unit @ weights, 1)).max()
-        return raised * (_features(*shapes.T) / unit @ weights)
+        shapes = [(micro.cost, micro.longest) for micro in micro_batches]
+        *seen, sizes = np.array(self.seen, float).T
+        estimate = fitted(np.stack(seen, axis=1), sizes)
+        raised = (sizes / np.maximum(estimate(np.stack(seen, axis=1)), 1)).max()
+        return raised * estimate(np.array(shapes, float))
 
     @contextmanager
     def measured(self, micro: MicroBatch) -> Iterator[None]:
@@ -135,5 +149,19 @@ class KeptGraphs:
             self.limit //= 2
 
 
-def _features(tokens: np.ndarray, longest: np.ndarray) -> np.ndarray:
-    return np.stack([np.ones_like(tokens), tokens, tokens * longest], axis=1)
+def fitted(shapes: np.ndarray, values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What micro-batches of any shape take, from what some took: a part per token, one per token and length (that is
+    attention), and a fixed part as far as these two do not explain it.
+
+    Args:
+        shapes: (n, 2) padded tokens and longest text.
+        values: (n,) what they took.
+    """
+
+    def features(shapes: np.ndarray) -> np.ndarray:
+        tokens, longest = shapes.T
+        return np.stack([np.ones_like(tokens), tokens, tokens * longest], axis=1)
+
+    unit = features(shapes).max(axis=0) * [100, 1, 1]
+    weights = np.linalg.lstsq(features(shapes) / unit, values, rcond=None)[0].clip(0) / unit
+    return lambda others: features(others) @ weights
