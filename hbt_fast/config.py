@@ -153,7 +153,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation before and after training.
+    """Evaluation before, during and after training, by all ranks.
 
     Args:
         task: xquad-r (a LAReQA folder), cldr (held-out concepts of the embedded demo), or none.
@@ -161,6 +161,10 @@ class EvalConfig:
         languages: evaluate only these languages; null takes all.
         context: candidates are sentence + context instead of the sentence alone.
         before: evaluate the model before training too.
+        every: evaluate after every so many steps and after the last; the best one's checkpoint stays, and is what is
+            exported. 0: none during training; the last step is exported.
+        metric: that says which is the best: mul, cr or mo (mAP), or rank_distance (lower is better).
+        patience: after so many evaluations in a row without a better one training ends; null: it never does.
     """
 
     task: Literal["xquad-r", "cldr", "none"] = "none"
@@ -168,6 +172,9 @@ class EvalConfig:
     languages: list[str] | None = None
     context: bool = False
     before: bool = True
+    every: int = 0
+    metric: Literal["mul", "cr", "mo", "rank_distance"] = "mul"
+    patience: int | None = None
 
 
 @dataclass(frozen=True)

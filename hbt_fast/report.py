@@ -7,66 +7,8 @@ from pathlib import Path
 
 from hbt_fast.config import Config, dump
 from hbt_fast.data.store import Store
-from hbt_fast.encoder.towers import Towers
-from hbt_fast.engine.backends import SettingError
-from hbt_fast.engine.launch import World
-from hbt_fast.engine.runlog import BEFORE, RunLog
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import comparison, write_report
-from hbt_fast.evaluation.run import evaluate
-from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows, xquad_r
-
-
-def load_task(config: Config) -> RetrievalTask | None:
-    """The evaluation task that the settings name."""
-    settings = config.eval
-    if settings.task == "none":
-        return None
-    if settings.task == "cldr":
-        from hbt_fast.data.cldr import cldr_rows
-
-        languages = settings.languages or config.data.languages
-        return task_from_rows("held-out CLDR concepts", cldr_rows("test", tuple(languages) if languages else None))
-    if settings.data is None:
-        raise SettingError("eval.task is xquad-r, but eval.data is not set; write the folder of its JSON files")
-    return xquad_r(settings.data, context=settings.context, languages=settings.languages)
-
-
-def evaluate_model(towers: Towers, config: Config, world: World, log: RunLog, when: str) -> Results | None:
-    """Evaluate on rank 0 (the others wait at the next barrier) and append the figures to metrics.jsonl."""
-    if config.eval.task == "none" or not world.first:
-        return None
-    log.say(f"\nevaluating {when}")
-    model = config.model
-    results = evaluate(
-        towers.queries,
-        load_task(config),
-        model.query_prompt,
-        model.passage_prompt,
-        passage_encoder=towers.passages,
-        model=when,
-        progress=True,
-        log=log.say,
-    )
-    headline = {"mo": results.mo, "cr": results.cr, "mul": results.mul, "rank_distance": results.rank_distance}
-    log.evaluation(when, headline)
-    if when == BEFORE:
-        (log.run / "evaluation-before.json").write_text(results.to_json(), encoding="utf-8")
-    log.say(
-        f"mAP monolingual {results.mo:.4f}  cross-lingual {results.cr:.4f}  multilingual {results.mul:.4f}  "
-        f"rank distance {results.rank_distance:,.1f}\n"
-    )
-    return results
-
-
-def evaluate_before(towers: Towers, config: Config, world: World, log: RunLog) -> Results | None:
-    """The evaluation of the untrained model; a resumed run takes it from where it was written."""
-    written = log.run / "evaluation-before.json"
-    if not config.eval.before:
-        return None
-    if config.train.resume and written.is_file():
-        return Results.from_json(written.read_text(encoding="utf-8"))
-    return evaluate_model(towers, config, world, log, BEFORE)
 
 
 def before_and_after(before: Results | None, after: Results | None, run: Path) -> dict[str, Path]:

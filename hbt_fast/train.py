@@ -7,6 +7,7 @@ deepspeed --num_gpus 2 hbt_fast/train.py --config configs/hybrid-e5.yaml train.z
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
@@ -20,30 +21,35 @@ from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
 from hbt_fast.data.switching import Switching
-from hbt_fast.encoder import Encoder, EncoderError
+from hbt_fast.encoder import EncoderError
 from hbt_fast.encoder.towers import Towers, make_towers
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.checkpoint import (
     Checkpoint,
     CheckpointError,
+    checkpoint_folder,
+    load_checkpoint,
     save_checkpoint,
     weights_checksum,
 )
+from hbt_fast.engine.evaluator import Evaluator, spread
 from hbt_fast.engine.guard import DivergedError, SkippedSteps
 from hbt_fast.engine.launch import World, lost_a_rank, make_engine, start
 from hbt_fast.engine.loop import train_steps
-from hbt_fast.engine.runlog import AFTER, RunLog
+from hbt_fast.engine.runlog import AFTER, DURING, RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.signals import StoppedError
 from hbt_fast.engine.step import Stepper
+from hbt_fast.engine.validation import Validation, check_evaluation
 from hbt_fast.evaluation.run import EvaluationError
 from hbt_fast.prepare import prepare, roles
-from hbt_fast.report import before_and_after, evaluate_before, evaluate_model, write_model_card
+from hbt_fast.report import before_and_after, write_model_card
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+    from hbt_fast.evaluation.metrics import Results
 
 USER_ERRORS = (DataError, EncoderError, CheckpointError, SettingError, DivergedError, EvaluationError)
 
@@ -74,11 +80,13 @@ def _end(message: str, status: int) -> None:
 
 def train(config: Config) -> Path:
     """A whole run: data, training, evaluation, export. Returns the run folder."""
+    check_evaluation(config.eval)
     world = start(config.train)
     run = Path(config.train.run_dir)
     log = RunLog(run, config, world)
     log.say(f"{world.size} x {world.device}, {config.batch.strategy} batches of {config.batch.size} pairs -> {run}")
 
+    evaluator = Evaluator(config, world, log)
     store, tokenizer = prepare(config, world)
     planner = make_planner(store, config)
     rewrite = make_rewrite(store, tokenizer, config, log)
@@ -93,7 +101,7 @@ def train(config: Config) -> Path:
         folder, resumed = checkpoint_of_all(world, run, identity)
         if folder:
             log.say(f"resuming from {folder}: {resumed.step} of {config.train.steps} steps are done")
-    before = evaluate_before(towers, config, world, log)  # of the untrained encoder, or as a stopped run wrote it
+    before = evaluator.before(towers)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()
     first, skipped = resumed.step, resumed.progress.get("skipped", 0)
     if resumed.parameters:
@@ -103,13 +111,19 @@ def train(config: Config) -> Path:
         engine.restore(resumed.moments, first - skipped)
     stepper = Stepper(engine, config, world, log.say, resumed.progress)
 
+    def evaluate(done: int) -> Results:
+        return evaluator(engine, DURING, done)
+
+    validation = Validation(config.eval, config.train.steps, evaluate, log, resumed.progress)
+
     def keep(done: int) -> None:
         """Write a checkpoint; where rank 0 cannot, all ranks end."""
         state, failed = engine.state(), None
         try:
             if world.first:
-                progress = {"skipped": done - engine.updates, **stepper.state()}
-                save_checkpoint(run, done, *state, identity, config.train.keep_checkpoints, progress=progress)
+                progress = {"skipped": done - engine.updates, **stepper.state(), **validation.state()}
+                stay = {"keep": config.train.keep_checkpoints, "best": validation.best_step}
+                save_checkpoint(run, done, *state, identity, progress=progress, **stay)
         except CheckpointError as error:
             failed = error
         if world.largest(failed is not None):
@@ -119,15 +133,18 @@ def train(config: Config) -> Path:
     towers.train()
     guard = SkippedSteps(log, store, config.train.max_skipped_steps)
     with make_feed(planner, store, config, world, first=first, rewrite=rewrite, budget=stepper.tokens) as feed:
-        train_steps(stepper, feed, config.train, world, log, guard, keep, first)
+        done = train_steps(stepper, feed, config.train, world, log, guard, validation, keep, first)
 
     parameters, _ = engine.state()
+    trained = build(replace(config, model=replace(config.model, compile=False)), tokenizer, world.autocast)
     if world.first:
-        trained = build(config, tokenizer)
+        if validation.best_step not in (None, done):
+            log.say(f"step {validation.best_step} was the best and is exported")
+            parameters = load_checkpoint(checkpoint_folder(run, validation.best_step), identity).parameters
         trained.load_trained(parameters)
-        folders = trained.export(run / "model")
-        exported = [Encoder.from_pretrained(folder, autocast=world.autocast).to(world.device) for folder in folders]
-        after = evaluate_model(Towers(exported), config, world, log, AFTER)
+        trained.export(run / "model")
+    after = evaluator(spread(trained, world), AFTER)
+    if world.first:
         plots = before_and_after(before, after, run)
         write_model_card(run / "model", config, store, before, after)
         log.finish({"exported model": run / "model", "settings": run / "config.yaml", **plots})

@@ -166,8 +166,9 @@ from hbt_fast.engine.loop import train_steps
 def limited(*arguments):
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]) * 2**20, -1))
-    train_steps(*arguments)
+    done = train_steps(*arguments)
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    return done
 
 train.train_steps = limited
 train.main(sys.argv[2:])

@@ -143,6 +143,22 @@ class Encoder(nn.Module):
             pooled_nd = (hidden_nLd * mask_nL[:, :, None]).sum(1) / length_n[:, None]
         return nn.functional.normalize(pooled_nd, dim=-1)
 
+    def tokenise(self, texts: Sequence[str], prompt: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of texts, cut off at `max_length`.
+
+        Args:
+            texts: n texts, at least 1.
+            prompt: put before each.
+
+        Returns:
+            (T,) int32 token ids, and (n + 1,) int64: text i is tokens[offsets[i]:offsets[i + 1]].
+        """
+        ids = []
+        for i in range(0, len(texts), 8192):  # in pieces: the tokenizer's output is bulky
+            batch = [prompt + text for text in texts[i : i + 8192]]
+            ids += self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
+        return np.concatenate([np.asarray(i, np.int32) for i in ids]), np.cumsum([0, *map(len, ids)])
+
     @torch.inference_mode()
     def encode(
         self,
@@ -169,12 +185,7 @@ class Encoder(nn.Module):
 
         if not len(texts):
             return np.empty((0, self.dimension), np.float32)
-        ids = []
-        for i in range(0, len(texts), 8192):  # in pieces: the tokenizer's output is bulky
-            batch = [prompt + text for text in texts[i : i + 8192]]
-            ids += self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
-        offsets = np.cumsum([0, *map(len, ids)])
-        flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
+        flat, offsets = self.tokenise(texts, prompt)
         out = np.empty((len(texts), self.dimension), np.float32)
         training = self.training
         self.eval()

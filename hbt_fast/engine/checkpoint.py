@@ -72,7 +72,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written (a full disk); nothing of it is left, the earlier ones are whole.
     """
-    final = run / f"checkpoint-{step:06d}"
+    final = checkpoint_folder(run, step)
     for leftover in run.glob(".checkpoint-*.partial"):  # of a process that was killed while writing
         shutil.rmtree(leftover)
     _put_back(run)
@@ -108,6 +108,11 @@ def save_checkpoint(
         if _step(old) != best:
             shutil.rmtree(old)
     return final
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps is."""
+    return run / f"checkpoint-{step:06d}"
 
 
 def newest_checkpoint(run: Path) -> Path | None:

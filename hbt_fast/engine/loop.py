@@ -13,6 +13,7 @@ from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.schedule import learning_rates
 from hbt_fast.engine.signals import StoppedError, StopSignals
 from hbt_fast.engine.step import Stepper
+from hbt_fast.engine.validation import Validation
 from hbt_fast.engine.watch import Watch
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ def train_steps(
     world: World,
     log: RunLog,
     guard: SkippedSteps,
+    validation: Validation,
     keep: Callable[[int], None],
     first: int,
-) -> None:
-    """All steps from `first` on.
+) -> int:
+    """All steps from `first` on, or until evaluation during training finds that no more are of use.
 
     Args:
         stepper: takes them.
@@ -38,18 +40,31 @@ def train_steps(
         world: the ranks.
         log: told of every step.
         guard: is told of steps without a finite gradient.
+        validation: evaluates between steps.
         keep: writes the checkpoint after so many steps; all ranks call it.
         first: the step that the feed begins with.
+
+    Returns:
+        How many steps the run has done.
 
     Raises:
         StoppedError: SIGTERM or SIGINT came to a rank; a checkpoint is written.
         DivergedError: too many steps in a row without a finite gradient.
         CheckpointError: a checkpoint could not be written.
+        EvaluationError: the vectors of an evaluation could not be ranked.
     """
-    rate = learning_rates(settings)
+    rate, done = learning_rates(settings), first
     with StopSignals() as signals, Watch(world, settings.hang_minutes) as watch:
         stepper.watch = watch
+        if validation.due(first):  # a signal stopped the run before it was made
+            watch.begin("evaluation")
+            validation(first)
+            watch.begin("checkpoint")
+            keep(first)
         for step in range(first, settings.steps):
+            if validation.over:
+                log.ended_early(validation.why(), done)
+                break
             watch.step(step)
             began = time.perf_counter()
             batch = next(feed)
@@ -65,8 +80,14 @@ def train_steps(
             done, every = step + 1, settings.checkpoint_every
             watch.begin("end")
             stop = world.largest(signals.number)
-            if stop or done == settings.steps or (every and done % every == 0):
+            better = False
+            if not stop and validation.due(done):
+                watch.begin("evaluation")
+                better = validation(done)
+            last = done == settings.steps or validation.over
+            if stop or better or last or (every and done % every == 0):
                 watch.begin("checkpoint")
                 keep(done)
             if stop:
                 raise StoppedError(stop, done)
+    return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from itertools import count
 from pathlib import Path
@@ -16,8 +17,10 @@ from hbt_fast.engine.launch import World
 if TYPE_CHECKING:
     from hbt_fast.data.feed import RankBatch
     from hbt_fast.engine.step import StepResult
+    from hbt_fast.evaluation.metrics import Results
 
-BEFORE, AFTER = "before training", "after training"  # when an evaluation was made
+BEFORE, DURING, AFTER = "before training", "during training", "after training"  # when an evaluation was made
+METRICS = ("mo", "cr", "mul", "rank_distance")
 
 
 class RunLog:
@@ -56,8 +59,7 @@ class RunLog:
             self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=first)
             (self.run / "config.yaml").write_text(dump(self.config), encoding="utf-8")
             path = self.run / "metrics.jsonl"
-            kept = [r for r in read_metrics(path) if r.get("step", -1) < first and r.get("evaluation") != AFTER]
-            kept = [r for r in kept if r.get("drawn_until", 0) <= first]
+            kept = [record for record in read_metrics(path) if _is_before(record, first)]
             counted = next((r for r in reversed(kept) if "drawn_until" in r), None)
             if counted:
                 self.counts.restore(counted)
@@ -125,10 +127,24 @@ class RunLog:
             self.recent.clear()
         self._append({"drawn_until": done, **self.counts.record()})
 
-    def evaluation(self, when: str, results: dict) -> None:
-        """Append evaluation results to metrics.jsonl."""
+    def evaluation(self, when: str, results: Results, step: int | None = None) -> None:
+        """An evaluation was made (during training: after `step` steps): a line in metrics.jsonl."""
+        if not self.on:
+            return
+        values = {name: getattr(results, name) for name in METRICS}
+        values = {name: None if math.isnan(value) else value for name, value in values.items()}
+        seconds = round(sum(results.seconds.values()), 2)
+        self._append({"evaluation": when, **({} if step is None else {"step": step}), **values, "seconds": seconds})
+        if step is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(f"evaluation/{name}", value, step)
+
+    def ended_early(self, why: str, done: int) -> None:
+        """Training ends after so many steps, before the last one."""
+        self.say(f"training ends after {done} of {self.settings.steps} steps: {why}")
         if self.on:
-            self._append({"evaluation": when, **results})
+            self._append({"ended_early": why, "after": done})
 
     def _append(self, record: dict) -> None:
         with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -145,6 +161,15 @@ class RunLog:
         written = {**written, "metrics": self.run / "metrics.jsonl", "TensorBoard": self.run / "tensorboard"}
         width = max(map(len, written))
         self.say("\n" + "\n".join(f"{name:<{width}}  {path}" for name, path in written.items()))
+
+
+def _is_before(record: dict, first: int) -> bool:
+    """Whether a record of metrics.jsonl stays when a run goes on from step `first`."""
+    if "ended_early" in record or record.get("evaluation") == AFTER:
+        return False
+    if record.get("evaluation") == DURING:
+        return record["step"] <= first  # steps done by then; others have the number of the step, from 0
+    return record.get("step", -1) < first and record.get("drawn_until", 0) <= first
 
 
 def read_metrics(path: Path) -> list[dict]:

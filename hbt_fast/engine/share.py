@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hbt_fast.engine.launch import World
 
 
-PATHS = {"run_dir", "deepspeed"}  # settings that may differ from machine to machine
+PATHS = {"run_dir", "deepspeed", "data"}  # settings that may differ from machine to machine
 
 
 def make_alike(world: World, config: Config, identity: dict, towers: Towers) -> None:
@@ -49,10 +49,11 @@ def make_alike(world: World, config: Config, identity: dict, towers: Towers) -> 
     if world.group is None:
         return
     train = {name: value for name, value in asdict(config.train).items() if name not in PATHS}
-    what = {**identity, "loss": asdict(config.loss), "train": train}
+    evaluation = {name: value for name, value in asdict(config.eval).items() if name not in PATHS}
+    what = {**identity, "loss": asdict(config.loss), "train": train, "eval": evaluation}
     if config.model.path:
         what["weights of model.path"] = weights_checksum(dict(towers.named_parameters()))
-    changed = differences(_sent(world, what), json.loads(json.dumps(what)), "is {} on rank 0, {} here")
+    changed = differences(sent(world, what), json.loads(json.dumps(what)), "is {} on rank 0, {} here")
     if world.largest(bool(changed)):
         if not changed:
             raise SettingError("the ranks are not alike; the message of another rank says in what")
@@ -81,7 +82,7 @@ def checkpoint_of_all(world: World, run: Path, identity: dict) -> tuple[Path | N
         CheckpointError: it is of another run; or rank 0 has none, or an older one than another rank sees.
     """
     newest = newest_step(run)
-    first, last = _sent(world, newest), world.largest(newest)
+    first, last = sent(world, newest), world.largest(newest)
     if last > first:
         had = f"checkpoint-{first:06d}" if first >= 0 else "none"
         raise CheckpointError(
@@ -98,12 +99,22 @@ def checkpoint_of_all(world: World, run: Path, identity: dict) -> tuple[Path | N
             failed = error
     if world.largest(failed is not None):
         raise failed or CheckpointError("rank 0 could not read its checkpoint; its own message says why")
-    name, step, progress, *shapes = _sent(
+    name, step, progress, *shapes = sent(
         world,
         [folder and folder.name, loaded.step, loaded.progress, _shapes(loaded.parameters), _shapes(loaded.moments)],
     )
     tensors = [_tensors(world, *pair) for pair in zip((loaded.parameters, loaded.moments), shapes, strict=True)]
     return name and run / name, Checkpoint(step, *tensors, progress)
+
+
+def parameters_of_all(world: World, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rank 0's parameters on every rank, on the CPU; all call.
+
+    Args:
+        world: the ranks.
+        parameters: float32, by name; those of the others do not count.
+    """
+    return _tensors(world, parameters, sent(world, _shapes(parameters)))
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -122,8 +133,13 @@ def _tensors(world: World, own: dict[str, torch.Tensor], shapes: dict[str, list[
     return received
 
 
-def _sent(world: World, value: object) -> object:
-    """Rank 0's value (JSON) on every rank."""
+def sent(world: World, value: object) -> object:
+    """Rank 0's value (JSON) on every rank; all call.
+
+    Args:
+        world: the ranks.
+        value: what rank 0 gives; that of the others does not count.
+    """
     raw = bytearray(json.dumps(value).encode())
     if world.group is not None:
         size = world.largest(len(raw) if world.first else 0)

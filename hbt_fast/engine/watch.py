@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hbt_fast.engine.launch import World
 
 BEAT_SECONDS = 10.0  # between reports, at most
-NOT_WATCHED = "checkpoint"  # rank 0 writes, and the others wait as long as train.timeout_minutes
+NOT_WATCHED = ("checkpoint", "evaluation")  # rank 0 works, and the others wait as long as train.timeout_minutes
 
 
 class Place(NamedTuple):
@@ -135,7 +135,7 @@ class Watch:
                 suspected = rank < 0 or self._idle >= self.limit / 2
                 beats[rank] = new, seconds + passed if new == beat and suspected else 0.0
             quiet = {rank for rank, (_, seconds) in beats.items() if seconds >= self.limit / 2}
-            if self._idle >= self.limit and before.phase != NOT_WATCHED:
+            if self._idle >= self.limit and before.phase not in NOT_WATCHED:
                 here = {**reports, self.world.rank: Report(self._beat, before, self._idle, self._stack())}
                 if said := verdict(here, quiet, self.world.rank, self.world.size, self.limit):
                     self._end(said)
@@ -169,7 +169,7 @@ def verdict(reports: dict[int, Report], quiet: set[int], rank: int, size: int, l
             "report to does not answer: rank 0, or the launcher on its machine, is stopped, or the network is gone"
         )
     talking = {other: report for other, report in reports.items() if other not in quiet}
-    if any(report.idle < limit or report.place.phase == NOT_WATCHED for report in talking.values()):
+    if any(report.idle < limit or report.place.phase in NOT_WATCHED for report in talking.values()):
         return None
     if len(talking) + len(quiet) < size:
         return None

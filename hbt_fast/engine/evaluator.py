@@ -1,0 +1,132 @@
+"""The evaluation of a run, before, during and after training: one task, encoded by all ranks, ranked by the first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hbt_fast.engine.backends import SettingError
+from hbt_fast.engine.encode import SharedEncoder
+from hbt_fast.engine.runlog import BEFORE, DURING
+from hbt_fast.engine.share import parameters_of_all
+from hbt_fast.evaluation.metrics import Results
+from hbt_fast.evaluation.run import EvaluationError, evaluate
+from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows, xquad_r
+
+if TYPE_CHECKING:
+    from hbt_fast.config import Config
+    from hbt_fast.encoder.towers import Towers
+    from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine
+    from hbt_fast.engine.launch import World
+    from hbt_fast.engine.runlog import RunLog
+
+
+def load_task(config: Config) -> RetrievalTask | None:
+    """The evaluation task that the settings name."""
+    settings = config.eval
+    if settings.task == "none":
+        return None
+    if settings.task == "cldr":
+        from hbt_fast.data.cldr import cldr_rows
+
+        languages = settings.languages or config.data.languages
+        return task_from_rows("held-out CLDR concepts", cldr_rows("test", tuple(languages) if languages else None))
+    if settings.data is None:
+        raise SettingError("eval.task is xquad-r, but eval.data is not set; write the folder of its JSON files")
+    return xquad_r(settings.data, context=settings.context, languages=settings.languages)
+
+
+def spread(trained: Towers, world: World) -> Towers:
+    """Give every rank the weights that rank 0 has, whole, on its device; all call.
+
+    Args:
+        trained: on the CPU, of one shape on all ranks; adapters are merged in.
+        world: the ranks.
+    """
+    for encoder in trained.encoders:
+        if hasattr(encoder.model, "merge_and_unload"):
+            encoder.model = encoder.model.merge_and_unload()
+    own = {name: p.detach() for name, p in trained.named_parameters()}
+    trained.load_state_dict(parameters_of_all(world, own), strict=False)
+    return trained.to(world.device)
+
+
+class Evaluator:
+    """Evaluates what is trained.
+
+    Args:
+        config: the settings. Rank 0 alone needs the task's data.
+        world: the ranks.
+        log: told of every evaluation.
+
+    Raises:
+        SettingError: the task's data are not named.
+        DataError: they cannot be read.
+    """
+
+    def __init__(self, config: Config, world: World, log: RunLog) -> None:
+        self.config, self.world, self.log = config, world, log
+        self.on = config.eval.task != "none"
+        self.task = load_task(config) if world.first else None
+
+    def __call__(
+        self, trained: Towers | TorchEngine | DeepSpeedEngine, when: str, step: int | None = None
+    ) -> Results | None:
+        """The results, on every rank; None if there is no task. All ranks call.
+
+        Args:
+            trained: towers that every rank has whole and alike, or an engine around them.
+            when: BEFORE, DURING or AFTER training.
+            step: steps done, during training.
+
+        Raises:
+            EvaluationError: the encoder's vectors cannot be ranked.
+        """
+        if not self.on:
+            return None
+        shared = SharedEncoder(trained, self.world)
+        if not self.world.first:
+            written = shared.help()
+            if written is None:
+                raise EvaluationError("rank 0 could not evaluate; its own message says why")
+            return Results.from_json(written)
+        if when != DURING:
+            self.log.say(f"\nevaluating {when}")
+        model = self.config.model
+        try:
+            results = evaluate(
+                shared.queries,
+                self.task,
+                model.query_prompt,
+                model.passage_prompt,
+                passage_encoder=shared.passages,
+                model=when,
+                progress=when != DURING,
+                log=None if when == DURING else self.log.say,
+            )
+        except EvaluationError:
+            shared.end(None)
+            raise
+        shared.end(results.to_json())
+        self.log.evaluation(when, results, step)
+        if when != DURING:
+            self.log.say(
+                f"mAP monolingual {results.mo:.4f}  cross-lingual {results.cr:.4f}  multilingual {results.mul:.4f}  "
+                f"rank distance {results.rank_distance:,.1f}\n"
+            )
+        return results
+
+    def before(self, towers: Towers) -> Results | None:
+        """The evaluation of the untrained model; a resumed run takes it from where it was written. All ranks call.
+
+        Args:
+            towers: as they start.
+        """
+        written = self.log.run / "evaluation-before.json"
+        if not self.config.eval.before or not self.on:
+            return None
+        if self.world.largest(self.config.train.resume and self.world.first and written.is_file()):
+            return Results.from_json(written.read_text(encoding="utf-8")) if self.world.first else None
+        results = self(towers, BEFORE)
+        if self.world.first:
+            written.write_text(results.to_json(), encoding="utf-8")
+        return results

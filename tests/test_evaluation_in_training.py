@@ -1,0 +1,296 @@
+"""Evaluation during training: by all ranks as by one, without a trace in training; the best model stays; resuming."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from hbt_fast.config import Config, EvalConfig
+from hbt_fast.encoder import Encoder
+from hbt_fast.engine import encode, validation
+from hbt_fast.engine.backends import SettingError
+from hbt_fast.engine.evaluator import Evaluator, load_task
+from hbt_fast.engine.launch import World, make_engine, start
+from hbt_fast.engine.runlog import DURING, RunLog
+from hbt_fast.engine.validation import Validation, check_evaluation
+from hbt_fast.evaluation.metrics import Results
+from hbt_fast.evaluation.run import EvaluationError, evaluate
+from hbt_fast.train import build, main
+
+STEPS = 12
+SMALL = [
+    "data.sources=[{format: cldr, name: cldr, limit: 300}]", "data.languages=[en, de]", "data.store_dir=stores",
+    "batch.size=24", "model.scratch={vocabulary: 400, hidden: 32, layers: 2, heads: 2}", "model.dropout=0.1",
+    f"train.steps={STEPS}", "train.checkpoint_every=2", "train.keep_checkpoints=1", "train.learning_rate=0.003",
+    "train.micro_batch_tokens=256", "train.engine=torch", "eval.task=cldr", "eval.before=false",
+]  # fmt: skip
+PATIENT = ["eval.every=2", "eval.patience=3"]
+FIRST_IS_BEST = ("mul",)  # training raises it: were lower better, the first evaluation would be the best
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if kind in r]
+
+
+def during(run: Path) -> list[dict]:
+    """The evaluations during training, but for their time."""
+    made = [r for r in records(run, "evaluation") if r["evaluation"] == DURING]
+    return [{name: value for name, value in r.items() if name != "seconds"} for r in made]
+
+
+def assert_equal_tensors(a: Path, b: Path) -> None:
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the stores, a run that is evaluated at its end, and two that are during training too.
+
+    In the second of these the first evaluation is the best, and three more end the run.
+    """
+    folder = tmp_path_factory.mktemp("evaluation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)  # as every test: bits depend on it
+        main([*SMALL, "train.run_dir=plain"])
+        main([*SMALL, "train.run_dir=watched", "eval.every=5"])
+        patch.setattr(validation, "LOWER_IS_BETTER", FIRST_IS_BEST)
+        main([*SMALL, *PATIENT, "train.run_dir=patient", "train.keep_checkpoints=9"])
+    return folder
+
+
+def test_training_is_the_same_to_the_bit(folder):
+    for part in ("model", "optimizer"):
+        name = f"checkpoint-{STEPS:06d}/{part}.safetensors"
+        assert_equal_tensors(folder / "plain" / name, folder / "watched" / name)
+    losses = [[r["loss"] for r in records(folder / run, "loss")] for run in ("plain", "watched")]
+    assert losses[0] == losses[1]
+    assert [r["step"] for r in during(folder / "watched")] == [5, 10, STEPS]
+    assert during(folder / "plain") == []
+
+
+def test_patience_ends_the_run_and_the_best_model_is_exported(folder):
+    run = folder / "patient"
+    made = during(run)
+    assert [r["step"] for r in made] == [2, 4, 6, 8]
+    assert min(made, key=lambda r: r["mul"])["step"] == 2
+    assert len(records(run, "loss")) == 8
+    (ended,) = records(run, "ended_early")
+    assert ended["after"] == 8
+    assert "3 evaluations brought nothing better than mul" in ended["ended_early"]
+    after = json.loads((run / "evaluation.json").read_text())
+    assert [after[name] for name in ("mo", "cr", "mul", "rank_distance")] == [
+        made[0][name] for name in ("mo", "cr", "mul", "rank_distance")
+    ]
+    config = Config(eval=EvalConfig(task="cldr", languages=["en", "de"]))
+    found = evaluate(Encoder.from_pretrained(run / "model"), load_task(config), log=None)
+    assert found.mul == made[0]["mul"]
+    assert found.mul != made[-1]["mul"]
+
+
+def test_the_checkpoint_of_the_best_evaluation_stays(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(validation, "LOWER_IS_BETTER", FIRST_IS_BEST)
+    main([*SMALL, "eval.every=4", "train.run_dir=run", f"data.store_dir={folder / 'stores'}"])
+    assert sorted(p.name for p in Path("run").glob("checkpoint-*")) == ["checkpoint-000004", "checkpoint-000012"]
+    assert_equal_tensors(
+        Path("run/checkpoint-000004/model.safetensors"), folder / "patient/checkpoint-000004" / "model.safetensors"
+    )
+    assert during(Path("run"))[0] == during(folder / "patient")[1]
+    found = evaluate(
+        Encoder.from_pretrained("run/model"),
+        load_task(Config(eval=EvalConfig("cldr", languages=["en", "de"]))),
+        log=None,
+    )
+    assert found.mul == during(Path("run"))[0]["mul"]
+
+
+@pytest.mark.parametrize("gone", [[6, 8], [8], []])
+def test_a_resumed_run_stops_at_the_same_step_and_exports_the_same(folder, tmp_path, monkeypatch, gone):
+    shutil.copytree(folder / "patient", tmp_path / "run")
+    for step in gone:
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step:06d}")
+    shutil.rmtree(tmp_path / "run" / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(validation, "LOWER_IS_BETTER", FIRST_IS_BEST)
+    again = [*SMALL, *PATIENT, "train.run_dir=run", f"data.store_dir={folder / 'stores'}", "train.resume=true"]
+    main(again)
+    assert_equal_tensors(tmp_path / "run/model/model.safetensors", folder / "patient/model/model.safetensors")
+    assert during(tmp_path / "run") == during(folder / "patient")
+    assert records(tmp_path / "run", "ended_early") == records(folder / "patient", "ended_early")
+    if not gone:
+        with pytest.raises(SystemExit):
+            main([*again, "eval.metric=cr"])
+
+
+def test_an_evaluation_that_a_signal_prevented_is_made_when_the_run_goes_on(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(validation, "LOWER_IS_BETTER", FIRST_IS_BEST)
+    command = [*SMALL, *PATIENT, "train.run_dir=run", f"data.store_dir={folder / 'stores'}"]
+    step = RunLog.step
+
+    def stopped(self, batch, *arguments, **options):
+        step(self, batch, *arguments, **options)
+        if batch.plan.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "step", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    monkeypatch.setattr(RunLog, "step", step)
+    assert ended.value.code == 143
+    assert during(tmp_path / "run") == []
+    main([*command, "train.resume=true"])
+    assert during(tmp_path / "run") == during(folder / "patient")
+    assert_equal_tensors(tmp_path / "run/model/model.safetensors", folder / "patient/model/model.safetensors")
+
+
+def results(mul: float = 0.5, distance: float = 10.0) -> Results:
+    return Results("made", "", ["de", "en"], 2, 2, 0.5, 0.5, mul, distance, [], [], [])
+
+
+class Log:
+    def say(self, line: str) -> None:
+        self.said = line
+
+
+def decide(settings: EvalConfig, values: list[Results], found: dict | None = None, first: int = 1):
+    """(which evaluations were the best so far, the validation after them)."""
+    made = Validation(settings, 100, lambda done: values[done - first], Log(), found)
+    return [made(first + n) for n in range(len(values))], made
+
+
+def test_what_is_better_and_when_it_is_over():
+    up, settings = [0.2, 0.5, 0.5, 0.4], EvalConfig("cldr", every=1, patience=2)
+    better, made = decide(settings, [results(mul) for mul in up])
+    assert (better, made.best_step, made.best, made.since, made.over) == ([True, True, False, False], 2, 0.5, 2, True)
+    assert not decide(settings, [results(mul) for mul in up[:3]])[1].over
+    assert not decide(dataclasses.replace(settings, patience=None), [results(mul) for mul in up])[1].over
+    settings = dataclasses.replace(settings, metric="rank_distance")
+    better, made = decide(settings, [results(distance=d) for d in (9.0, 7.0, 8.0)])
+    assert (better, made.best_step, made.best) == ([True, True, False], 2, 7.0)
+    kept = json.loads(json.dumps(made.state()))
+    better, made = decide(settings, [results(distance=7.5)], kept, 4)
+    assert (better, made.best_step, made.since, made.over) == ([False], 2, 2, True)
+    with pytest.raises(SettingError, match=r"chosen on made: 2 queries.*now there are made: 3"):
+        decide(settings, [dataclasses.replace(results(), queries=3)], kept, 4)
+    with pytest.raises(SettingError, match=r"eval\.metric is rank_distance, which made"):
+        decide(settings, [results(distance=float("nan"))])
+
+
+def test_it_is_due_every_so_often_and_at_the_end_and_never_twice():
+    made = Validation(EvalConfig("cldr", every=4), 10, lambda done: results(), Log())
+    assert [done for done in range(11) if made.due(done)] == [4, 8, 10]
+    made(8)
+    assert not made.due(8)
+    assert not any(Validation(EvalConfig("cldr"), 10, None, Log()).due(done) for done in range(11))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 5}, "eval.task is none; write a task, or eval.every=0"),
+        ({"every": -1}, "eval.every is -1"),
+        ({"patience": 2, "task": "cldr"}, "eval.patience is 2, but eval.every is 0"),
+        ({"every": 5, "patience": 0, "task": "cldr"}, "eval.patience is 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        check_evaluation(EvalConfig(**settings))
+
+
+def two_towers(tokenizer, **model) -> tuple[Config, torch.nn.Module]:
+    """Settings, and towers of different weights."""
+    config = Config(eval=EvalConfig("cldr", languages=["de", "en"]))
+    shape = dataclasses.replace(config.model.scratch, vocabulary=300, hidden=32, layers=2, heads=2)
+    model = dataclasses.replace(config.model, scratch=shape, separate_towers=True, dropout=0.1, **model)
+    config = dataclasses.replace(config, model=model)
+    towers = build(config, tokenizer)
+    with torch.no_grad():
+        for p in towers.passages.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    return config, towers.train()
+
+
+def measured(config: Config, world: World, towers, trained, folder: Path) -> Results:
+    """What an evaluation of all ranks finds, in more rounds than fit between two gathers."""
+    encode.TOKENS, encode.ROUNDS = 700, 3
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(folder / "run")))
+    log = RunLog(folder / f"run-{world.size}-{world.rank}", config, world)
+    log.writer = Writer()
+    before = torch.get_rng_state()
+    made = Evaluator(config, world, log)(trained, DURING, 1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(module.training for module in towers.modules())
+    return made
+
+
+class Writer:
+    def add_scalar(self, *arguments) -> None:
+        pass
+
+
+def evaluate_on_ranks(rank: int, ranks: int, tokenizer, folder: Path) -> None:
+    for stage in (None, 3):
+        config, towers = two_towers(tokenizer)
+        engine = "torch" if stage is None else "deepspeed"
+        settings = dataclasses.replace(config.train, engine=engine, zero_stage=stage or 0)
+        config = dataclasses.replace(config, train=settings)
+        world = start(config.train)
+        made = measured(config, world, towers, make_engine(towers, config.train, world), folder)
+        (folder / f"{stage}-{rank}.json").write_text(made.to_json())
+    config, towers = two_towers(tokenizer)
+    with torch.no_grad():
+        towers.passages.model.embeddings.LayerNorm.weight.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="candidate vectors hold NaN" if rank == 0 else "rank 0 could not"):
+        measured(config, world, towers, towers, folder)
+
+
+@pytest.fixture(scope="module")
+def ranked(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(evaluate_on_ranks, 2, tokenizer, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [None, 3])
+def test_two_ranks_find_what_one_does_under_zero_3_too(ranked, tokenizer, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(encode, "TOKENS", encode.TOKENS)
+    monkeypatch.setattr(encode, "ROUNDS", encode.ROUNDS)
+    config, towers = two_towers(tokenizer)
+    world = World(0, 1, torch.device("cpu"))
+    found = [measured(config, world, towers, towers, tmp_path)]
+    found += [Results.from_json((ranked / f"{stage}-{rank}.json").read_text()) for rank in range(2)]
+    found = [json.loads(dataclasses.replace(f, seconds={}).to_json()) for f in found]
+    assert found[0] == found[1] == found[2]
+    apart = evaluate(towers.queries, load_task(config), passage_encoder=towers.passages, log=None)
+    assert apart.mul == pytest.approx(found[0]["mul"], rel=1e-3)  # other micro-batches, other rounding
+    swapped = evaluate(towers.passages, load_task(config), passage_encoder=towers.queries, log=None)
+    assert swapped.mul != pytest.approx(found[0]["mul"], rel=1e-3)
+
+
+def train_on_ranks(rank: int, ranks: int, store: Path, folder: Path) -> None:
+    import os
+
+    os.chdir(folder)
+    for name, more in (("watched", ["eval.every=2"]), ("plain", [])):
+        options = ["train.engine=deepspeed", "train.zero_stage=3", "train.steps=4", f"data.store_dir={store}"]
+        main([*SMALL, *options, f"train.run_dir={name}", *more])
+
+
+def test_zero_3_on_two_ranks_trains_on_as_if_there_had_been_no_evaluation(folder, tmp_path):
+    run_ranks(train_on_ranks, 2, folder / "stores", tmp_path)
+    for part in ("model", "optimizer"):
+        name = f"checkpoint-000004/{part}.safetensors"
+        assert_equal_tensors(tmp_path / "plain" / name, tmp_path / "watched" / name)
+    best = max(during(tmp_path / "watched"), key=lambda r: r["mul"])
+    assert json.loads((tmp_path / "watched" / "evaluation.json").read_text())["mul"] == best["mul"]
