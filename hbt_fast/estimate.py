@@ -183,8 +183,8 @@ def _activations(
         forward, whole = first(shape), second(shape)
         sums["embed"] += forward.sum()
         sums["re-embed"] += (whole - forward * keep).sum()
-        largest, kept_bytes = max(largest, needs[~keep].max(initial=0)), max(kept_bytes, needs[keep].sum())
-        widest = max(widest, needs.max())
+        largest = max(largest, needs[0], needs[~keep].max(initial=0))  # the first is gone when others are made
+        kept_bytes, widest = max(kept_bytes, needs[1:][keep[1:]].sum()), max(widest, needs.max())
         found.kept += keep.mean() / len(batches)
         found.micro_batches += len(keep) / len(batches)
     found.seconds = {name: seconds / len(batches) for name, seconds in sums.items()}

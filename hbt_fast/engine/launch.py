@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hbt_fast.engine.backends import DeepSpeedEngine, SettingError, TorchEngine, adamw
+from hbt_fast.engine.memory import reuse_freed_memory
 
 if TYPE_CHECKING:
     from hbt_fast.config import TrainConfig
@@ -66,6 +67,8 @@ def start(settings: TrainConfig) -> World:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        reuse_freed_memory()
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,11 @@ from hbt_fast.data.pack import MicroBatch
 
 GIB = 2**30
 CPU_SHARE, GPU_SHARE = 0.5, 0.9  # of the free memory: a CPU's is everybody's
-NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+NO_MEMORY = (
+    "can't allocate memory", "out of memory", "alloc_failed", "bad_alloc",
+    "could not create a primitive",  # oneDNN: no room for its own buffers
+)  # fmt: skip
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -40,6 +46,26 @@ def free_bytes(device: torch.device) -> int:
         with contextlib.suppress(OSError, ValueError):  # no such limit
             found.append(int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
     return max(min(found), 0) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def reuse_freed_memory() -> None:
+    """Have the C library keep what is freed, as torch does on a GPU: a step's graphs then find the pages of the last
+    step's, where these would otherwise be handed back and cleared anew. Without effect where that is not glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_MMAP_MAX, 0)  # large blocks, too, are of the heap
+
+
+def give_back(device: torch.device) -> None:
+    """Hand freed memory back, for what else needs it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def used_bytes(device: torch.device) -> int:
@@ -67,6 +93,8 @@ def _number(path: str, name: str) -> int:
 class KeptGraphs:
     """Which micro-batches of a step keep their graph from the first pass, and are not embedded a second time.
 
+    The first always does: it goes backward before another graph is made, in the room that one will need.
+
     What a graph takes is measured: in the first steps nothing is kept, and every graph that the second pass makes is
     looked at. Bytes are then a fixed part, one per token and one per token and length (attention), fitted and raised
     so that no graph that was seen took more.
@@ -74,7 +102,7 @@ class KeptGraphs:
     Args:
         module: whose graphs they are.
         device: where.
-        limit: bytes that kept graphs may take; None: half of what is free on a CPU, nine tenths on a GPU, less twice
+        limit: bytes that the others may take; None: half of what is free on a CPU, nine tenths on a GPU, less twice
             the largest graph.
 
     Attributes:
@@ -87,19 +115,19 @@ class KeptGraphs:
     seen: list[tuple[int, int, int]] = field(default_factory=list)
 
     def choose(self, micro_batches: Sequence[MicroBatch]) -> list[bool]:
-        """Which to keep: as many as fit, those first that save most (their second forward pass).
+        """Which to keep: the first, and as many as fit, those before others that save most (their second forward pass).
 
         Args:
-            micro_batches: of one step.
+            micro_batches: of one step, in their order.
         """
-        keep = [False] * len(micro_batches)
+        keep = [True] + [False] * (len(micro_batches) - 1)
         if self.limit == 0 or not self.seen:
             return keep
         needs = self.expected(micro_batches)
         if self.limit is None:
             self.limit = self.automatic(needs.max())
         left = self.limit
-        for k in sorted(range(len(micro_batches)), key=lambda k: -micro_batches[k].cost):
+        for k in sorted(range(1, len(micro_batches)), key=lambda k: -micro_batches[k].cost):
             if needs[k] <= left:
                 keep[k], left = True, left - needs[k]
         return keep

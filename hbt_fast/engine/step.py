@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from hbt_fast.data.pack import repack
 from hbt_fast.engine.backends import DeepSpeedEngine, SettingError, TorchEngine
 from hbt_fast.engine.cached_step import OutOfMemoryError, cached_backward
-from hbt_fast.engine.memory import GIB, KeptGraphs, out_of_memory
+from hbt_fast.engine.memory import GIB, KeptGraphs, give_back, out_of_memory
 from hbt_fast.engine.objective import Objective
 from hbt_fast.engine.phases import Phases
 from hbt_fast.engine.tuning import FIRST_SCALE, LossScale, TokenSearch
@@ -188,9 +187,7 @@ class Stepper:
             self.search.stop()
         self.graphs.shrink()
         self.tokens //= 2
-        gc.collect()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.world.device)
         self.say(
             f"step {step}: memory ran out; the step is repeated with micro-batches of {self.tokens} tokens, which stay "
             "so small (the batch is what it was)"
