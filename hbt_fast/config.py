@@ -120,6 +120,8 @@ class TrainConfig:
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         deepspeed: a DeepSpeed JSON file, merged with what hbt_fast sets.
         log_every: steps between log lines.
+        track: none, trackio or wandb: what metrics.jsonl has goes there too. Both keep a project hbt_fast; wandb's own
+            variables (WANDB_PROJECT, WANDB_MODE, ...) hold.
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
         keep_checkpoints: so many newest ones stay.
         max_skipped_steps: steps with a NaN or infinite gradient are skipped; so many in a row end the run.
@@ -144,6 +146,7 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     deepspeed: str | None = None
     log_every: int = 10
+    track: Literal["none", "trackio", "wandb"] = "none"
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     max_skipped_steps: int = 3

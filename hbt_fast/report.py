@@ -1,14 +1,32 @@
-"""The end of a run: evaluation before and after as table and heat map, and the exported model's card."""
+"""The end of a run: evaluation before and after as table and heat map, the exported model's card, the report.
+
+python -m hbt_fast.report runs/demo      writes runs/demo/report.html again, of a run that was stopped too
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hbt_fast.config import Config, dump
+from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import comparison, write_report
+from hbt_fast.run_page import write_page
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report of a run folder from the command line."""
+    made = argparse.ArgumentParser("hbt_fast.report", description="Write RUN/report.html from what a run left behind.")
+    made.add_argument("run", type=Path, help="the run folder (train.run_dir); the run may have been stopped")
+    try:
+        print(write_page(made.parse_args(arguments).run))
+    except DataError as error:
+        sys.exit(f"hbt_fast.report: {error}")
 
 
 def before_and_after(before: Results | None, after: Results | None, run: Path) -> dict[str, Path]:
@@ -76,3 +94,7 @@ InfoNCE at temperature {config.loss.temperature}, AdamW at {config.train.learnin
 """,
         encoding="utf-8",
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What a run says and leaves behind: log lines, metrics.jsonl, TensorBoard events, the loss curve."""
+"""What a run says and leaves behind: log lines, metrics.jsonl, TensorBoard events, the loss curve, the report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from hbt_fast.config import Config, dump
 from hbt_fast.data.counts import DrawCounts
 from hbt_fast.data.plan import BatchPlan, BatchPlanner
 from hbt_fast.engine.launch import World
+from hbt_fast.engine.machine import describe
+from hbt_fast.engine.memory import GIB, used_bytes
+from hbt_fast.engine.progress import log_line, negatives_per_query, phase_shares, tokens_of_all
+from hbt_fast.engine.track import EVALUATION, EXPORTED, TRAINING, Tracker, scalars
 
 if TYPE_CHECKING:
     from hbt_fast.data.feed import RankBatch
@@ -30,18 +34,23 @@ class RunLog:
         run: the run folder. An earlier run in it is moved aside unless this one resumes it.
         config: the settings.
         world: whose rank decides who speaks.
+
+    Raises:
+        SettingError: the tracker that train.track names is not there.
     """
 
     def __init__(self, run: Path, config: Config, world: World) -> None:
-        self.run, self.config, self.on = run, config, world.first
+        self.run, self.config, self.world, self.on = run, config, world, world.first
         self.settings = config.train
-        self.writer = None
+        self.writer = self.tracker = None
         if self.on:
             if run.is_dir() and any(run.iterdir()) and not config.train.resume:
                 aside = next(p for n in count(1) if not (p := run.with_name(f"{run.name}-{n}")).exists())
                 run.rename(aside)
                 self.say(f"the earlier run in {run} is now {aside} (train.resume=true would have gone on with it)")
             run.mkdir(parents=True, exist_ok=True)
+            if self.settings.track != "none":
+                self.tracker = Tracker(self.settings.track, run, config)
 
     def say(self, line: str) -> None:
         """Print a line at once."""
@@ -51,15 +60,20 @@ class RunLog:
     def start(self, first: int, planner: BatchPlanner) -> None:
         """Training begins at step `first`: write the resolved settings, drop what a dead run logged from there on."""
         self.counts = DrawCounts(planner.store)
-        self.first, self.began, self.seconds, self.pairs = first, time.perf_counter(), 0.0, 0
-        self.recent: list[tuple[float, float]] = []
+        self.first, self.done, self.began = first, first, time.perf_counter()
+        self.recent: list[dict] = []
         if self.on:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=first)
             (self.run / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+            machine = json.dumps(describe(self.world), indent=1)
+            (self.run / "environment.json").write_text(machine, encoding="utf-8")
             path = self.run / "metrics.jsonl"
-            kept = [record for record in read_metrics(path) if _is_before(record, first)]
+            records = read_metrics(path)
+            if self.tracker:
+                self.tracker.resume(_last_steps(records))
+            kept = [record for record in records if _is_before(record, first)]
             counted = next((r for r in reversed(kept) if "drawn_until" in r), None)
             if counted:
                 self.counts.restore(counted)
@@ -72,19 +86,22 @@ class RunLog:
         if not self.on:
             return
         plan = batch.plan
+        source = self.counts.store.sources[plan.source]
         record = {
             "step": plan.step,
             "kind": plan.kind,
-            "source": self.counts.store.sources[plan.source].name,
+            "source": source.name,
             "loss": result.loss,
             "accuracy": result.accuracy,
             "gradient_norm": result.norm,
             "learning_rate": rate,
-            "tokens": batch.tokens,
+            "negatives": negatives_per_query(plan),
+            "tokens": tokens_of_all(batch, source),
             "seconds": round(seconds, 4),
             "waited": round(waited, 4),
             "phases": {name: round(took, 4) for name, took in result.seconds.items()},
             "kept": round(result.kept, 3),
+            "memory_gib": round(used_bytes(self.world.device) / GIB, 3),
         }
         if self.config.loss.learn_temperature:
             record["temperature"] = result.temperature
@@ -95,9 +112,9 @@ class RunLog:
         for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):
             self.writer.add_scalar(name, record[name], plan.step)
         self.writer.add_scalar(f"loss/{plan.kind}", result.loss, plan.step)
-        self.recent.append((result.loss, result.accuracy))
-        self.seconds += seconds
-        self.rate = rate
+        if self.tracker:
+            self.tracker.log(TRAINING, {**scalars(record), f"loss/{plan.kind}": result.loss}, plan.step)
+        self.recent.append(record)
         self._report(plan)
 
     def skipped(self, plan: BatchPlan, why: str) -> None:
@@ -107,25 +124,33 @@ class RunLog:
         self.counts.add(plan)
         source = self.counts.store.sources[plan.source].name
         self._append({"step": plan.step, "kind": plan.kind, "source": source, "skipped": why})
+        if self.tracker:
+            self.tracker.log(TRAINING, {"skipped": 1}, plan.step)
         self.say(f"step {plan.step} is skipped, weights stay as they were: {why}")
         self._report(plan)
 
     def _report(self, plan: BatchPlan) -> None:
         """Every `log_every` steps a line for people (if any had an update) and what was drawn so far."""
-        done, total = plan.step + 1, self.settings.steps
-        if done % self.settings.log_every and done != total:
+        self.done, total = plan.step + 1, self.settings.steps
+        if self.done % self.settings.log_every and self.done != total:
             return
         if self.recent:
-            count = len(self.recent)
-            mean_loss, mean_accuracy = (sum(column) / count for column in zip(*self.recent, strict=True))
-            per_step = (time.perf_counter() - self.began) / (done - self.first)
-            left = int(per_step * (total - done))
-            self.say(
-                f"step {done:>{len(str(total))}}/{total} | loss {mean_loss:.4f} | acc {mean_accuracy:.3f} | "
-                f"lr {self.rate:.1e} | {len(plan.rows) / per_step:,.0f} pairs/s | eta {left // 60}:{left % 60:02d}"
-            )
+            left = (time.perf_counter() - self.began) / (self.done - self.first) * (total - self.done)
+            self.say(log_line(self.recent, pairs=len(plan.rows), done=self.done, total=total, left=left))
+            for name, value in self._rates(len(plan.rows)).items():
+                self.writer.add_scalar(name, value, plan.step)
             self.recent.clear()
-        self._append({"drawn_until": done, **self.counts.record()})
+        self._append({"drawn_until": self.done, **self.counts.record()})
+
+    def _rates(self, pairs: int) -> dict[str, float]:
+        """Throughput, memory and shares of time since the last log line, for TensorBoard."""
+        seconds = max(sum(record["seconds"] for record in self.recent), 1e-9)
+        return {
+            "throughput/pairs_per_second": pairs * len(self.recent) / seconds,
+            "throughput/tokens_per_second": sum(record["tokens"] for record in self.recent) / seconds,
+            "memory_gib": self.recent[-1]["memory_gib"],
+            **{f"share of time/{name}": share for name, share in phase_shares(self.recent).items()},
+        }
 
     def evaluation(self, when: str, results: Results, step: int | None = None) -> None:
         """An evaluation was made (during training: after `step` steps): a line in metrics.jsonl."""
@@ -135,10 +160,13 @@ class RunLog:
         values = {name: None if math.isnan(value) else value for name, value in values.items()}
         seconds = round(sum(results.seconds.values()), 2)
         self._append({"evaluation": when, **({} if step is None else {"step": step}), **values, "seconds": seconds})
+        values = {name: value for name, value in values.items() if value is not None}
         if step is not None:
             for name, value in values.items():
-                if value is not None:
-                    self.writer.add_scalar(f"evaluation/{name}", value, step)
+                self.writer.add_scalar(f"evaluation/{name}", value, step)
+        if self.tracker:
+            group, at = (EXPORTED, self.done) if when == AFTER else (EVALUATION, step or 0)
+            self.tracker.log(group, {f"{group}/{name}": value for name, value in values.items()}, at)
 
     def ended_early(self, why: str, done: int) -> None:
         """Training ends after so many steps, before the last one."""
@@ -151,13 +179,18 @@ class RunLog:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self, written: dict[str, Path]) -> None:
-        """Draw the loss curve and say what was written where."""
+        """Draw the loss curve, write the report and say what was written where."""
+        from hbt_fast.run_page import write_page
+
         if self.writer is not None:
             self.writer.close()
+        if self.tracker is not None:
+            self.tracker.finish()
         if curve := draw_loss(self.run):
             pairs, total = self.run / "language-pairs.png", int(self.counts.pairs.sum())
             self.counts.draw(pairs, f"language pairs of {total:,} training pairs")
             written = {**written, "loss curve": curve, "language pairs": pairs}
+        written = {"report": write_page(self.run), **written}
         written = {**written, "metrics": self.run / "metrics.jsonl", "TensorBoard": self.run / "tensorboard"}
         width = max(map(len, written))
         self.say("\n" + "\n".join(f"{name:<{width}}  {path}" for name, path in written.items()))
@@ -170,6 +203,21 @@ def _is_before(record: dict, first: int) -> bool:
     if record.get("evaluation") == DURING:
         return record["step"] <= first  # steps done by then; others have the number of the step, from 0
     return record.get("step", -1) < first and record.get("drawn_until", 0) <= first
+
+
+def _last_steps(records: list[dict]) -> dict[str, int]:
+    """The last step of every group of records, as the tracker numbers them."""
+    last = {}
+    for record in records:
+        if "evaluation" in record:
+            after = record["evaluation"] == AFTER
+            group, step = (EXPORTED, last.get(TRAINING, -1) + 1) if after else (EVALUATION, record.get("step", 0))
+        elif "step" in record:
+            group, step = TRAINING, record["step"]
+        else:
+            continue
+        last[group] = max(step, last.get(group, -1))
+    return last
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -1,0 +1,392 @@
+"""RUN/report.html: a run on one page, from what its folder holds. The file needs no network and no other file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from hbt_fast.charts import Line, heat_table, line_chart, stacked_chart
+from hbt_fast.data.rows import DataError
+from hbt_fast.engine.progress import OTHER, PHASES, clock, phase_shares
+from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, read_metrics
+from hbt_fast.engine.validation import LOWER_IS_BETTER
+from hbt_fast.evaluation.metrics import Results
+
+NAMES = dict(zip(METRICS, ("Mo", "Cr", "Mul", "rank distance"), strict=True))
+SKIPPED = 20  # that are listed
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #5d6b7a; --rule: #dde3ea; --page: #fff; --card: #f5f7fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e9ef; --soft: #97a4b3; --rule: #303b47; --page: #14191f; --card: #1c232b; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.1rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.12rem; margin: 2.6rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--rule); }
+h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
+p { margin: .35rem 0; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+.status { display: inline-block; margin: .5rem 0 0; padding: .12rem .7rem; border-radius: 1rem; background: var(--card);
+  border: 1px solid var(--rule); font-size: .9rem; }
+.status.stopped { border-color: #d1495b; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; margin: 1.3rem 0 0; }
+.facts div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
+.facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
+.facts span { color: var(--soft); font-size: .82rem; }
+figure { margin: .4rem 0 0; }
+.wide { overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 34rem; height: auto; }
+svg text { fill: var(--soft); font-size: 12px; }
+.grid { stroke: var(--rule); stroke-width: 1; }
+.line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
+.band { fill: var(--c); opacity: .18; }
+.area { fill: var(--c); opacity: .82; }
+.dot { fill: var(--page); stroke: var(--c); stroke-width: 2; }
+.mark { stroke: var(--soft); stroke-dasharray: 4 4; }
+.c0 { --c: #3478c6; } .c1 { --c: #e08a1e; } .c2 { --c: #2a9d78; }
+.c3 { --c: #8d5bc9; } .c4 { --c: #d1495b; } .c5 { --c: #8a95a3; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 0 0 .3rem; padding: 0;
+  font-size: .88rem; }
+.legend li::before { content: ""; display: inline-block; width: .75rem; height: .75rem; margin-right: .4rem;
+  border-radius: .2rem; background: var(--c); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.plain th, .plain td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--rule); }
+.plain th:first-child, .plain td:first-child, .words td { text-align: left; }
+.plain th { font-weight: 600; }
+.plain tr.best td { font-weight: 700; }
+.heat { font-size: .72rem; border-spacing: 1px; border-collapse: separate; }
+.heat th { font-weight: 500; color: var(--soft); padding: .1rem .25rem; }
+.heat td { min-width: 1.95rem; height: 1.6rem; text-align: center; border-radius: .15rem; }
+.heat .corner { text-align: left; max-width: 5rem; font-size: .66rem; line-height: 1.15; }
+.maps { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem; }
+.maps > div { max-width: 100%; }
+pre { background: var(--card); border-radius: .5rem; padding: .9rem 1rem; overflow-x: auto; font-size: .82rem;
+  line-height: 1.45; }
+summary { cursor: pointer; color: var(--soft); }
+""".strip()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run folder holds.
+
+    Attributes:
+        name: of the folder.
+        yaml: the settings as they were written.
+        settings: the same, read.
+        records: of metrics.jsonl.
+        before, after: evaluations.
+        machine: versions and hardware.
+    """
+
+    name: str
+    yaml: str
+    settings: dict
+    records: list[dict]
+    before: Results | None
+    after: Results | None
+    machine: dict[str, str]
+
+    @property
+    def steps(self) -> list[dict]:
+        """The records of steps with an update."""
+        return [r for r in self.records if "loss" in r]
+
+    @property
+    def done(self) -> int:
+        """Steps done."""
+        return max((r["step"] + 1 for r in self.records if "step" in r and "evaluation" not in r), default=0)
+
+    @property
+    def ended_early(self) -> dict | None:
+        """The record of a run that ended before its last step, as it was asked to."""
+        return next((r for r in self.records if "ended_early" in r), None)
+
+    def setting(self, name: str) -> object:
+        """A setting by its dotted name; None where the run's version of hbt_fast had none."""
+        group, _, key = name.partition(".")
+        return self.settings.get(group, {}).get(key)
+
+
+def write_page(run: Path) -> Path:
+    """Write RUN/report.html, of a run that is finished, was stopped or goes on.
+
+    Args:
+        run: its folder.
+
+    Raises:
+        DataError: the folder is not that of a run, or a file in it is damaged.
+    """
+    found = _read(Path(run))
+    sections = [
+        ("headline", "Evaluation", _headline),
+        ("loss", "Loss", _loss),
+        ("accuracy", "In-batch accuracy", _accuracy),
+        ("during", "Evaluations during training", _during),
+        ("maps", "mAP by language pair", _maps),
+        ("drawn", "Language pairs that were drawn", _drawn),
+        ("phases", "Where the time went", _phases),
+        ("throughput", "Throughput", _throughput),
+        ("memory", "Memory", _memory),
+        ("troubles", "Skipped steps and early end", _troubles),
+        ("settings", "Settings", _settings),
+        ("machine", "Versions and hardware", _machine),
+    ]
+    body = [_top(found)]
+    for name, title, made in sections:
+        if content := made(found):
+            body.append(f'<section id="{name}"><h2>{title}</h2>\n{content}\n</section>')
+    page, path = "\n".join(body), Path(run) / "report.html"
+    path.write_text(
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(found.name)}: hbt_fast</title>\n<style>\n{STYLE}\n</style>\n</head>\n"
+        f"<body><main>\n{page}\n</main></body>\n</html>\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def _read(run: Path) -> _Run:
+    wanted = "name the folder that train.run_dir named"
+    if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
+        raise DataError(f"{run} is no run folder: config.yaml and metrics.jsonl are not both there; {wanted}")
+    records = read_metrics(run / "metrics.jsonl")
+    finished = any(r.get("evaluation") == AFTER for r in records)  # else its file is of a run that went on since
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    try:
+        settings = yaml.safe_load(text)
+        before = _optional(run / "evaluation-before.json", Results.from_json)
+        after = _optional(run / "evaluation.json", Results.from_json) if finished else None
+        machine = _optional(run / "environment.json", json.loads) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{run}: a damaged file of the run folder: {error}") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{run / 'config.yaml'}: these are no settings of a run")
+    return _Run(run.resolve().name, text, settings, records, before, after, machine)
+
+
+def _optional(path: Path, read: Callable[[str], object]) -> object:
+    return read(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _top(run: _Run) -> str:
+    """Title, state, and the figures that one looks for first."""
+    total = run.setting("train.steps")
+    model = run.setting("model.path") or "an encoder from nothing"
+    names = [source.get("name") or source.get("path") or source.get("format", "") for source in _sources(run)]
+    about = f"{run.setting('batch.strategy')} batches of {run.setting('batch.size')} pairs from {', '.join(names)}"
+    state, stopped = f"finished: {run.done:,} of {total:,} steps", ""
+    if run.ended_early:
+        state = f"ended early: {run.done:,} of {total:,} steps"
+    elif run.done < total:
+        state, stopped = f"not finished: {run.done:,} of {total:,} steps are done", " stopped"
+    facts = []
+    if steps := run.steps:
+        last = steps[-max(len(steps) // 20, 1) :]
+        seconds = float(np.median([r["seconds"] for r in steps]))
+        facts = [
+            ("loss, last 5% of the steps", f"{np.mean([r['loss'] for r in last]):.4f}"),
+            ("in-batch accuracy there", f"{np.mean([r['accuracy'] for r in last]):.3f}"),
+            ("pairs per second", f"{run.setting('batch.size') / seconds:,.0f}"),
+            ("median step", f"{seconds:.3g} s"),
+            ("in steps, altogether", clock(sum(r["seconds"] for r in steps))),
+        ]
+        if "memory_gib" in steps[-1]:
+            facts.append(("memory, peak", f"{max(r['memory_gib'] for r in steps if 'memory_gib' in r):.1f} GiB"))
+    tiles = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts)
+    return (
+        f"<header><h1>{escape(run.name)}</h1>\n"
+        f'<p class="soft">{escape(str(model))}, trained on {escape(about)}</p>\n'
+        f'<p class="status{stopped}">{escape(state)}</p>\n<div class="facts">{tiles}</div></header>'
+    )
+
+
+def _sources(run: _Run) -> list[dict]:
+    return [source for source in run.setting("data.sources") or [] if isinstance(source, dict)]
+
+
+def _headline(run: _Run) -> str:
+    """Before and after, as a table."""
+    rows = [(name, r) for name, r in (("before", run.before), ("after", run.after)) if r is not None]
+    if not rows:
+        return '<p class="soft">No evaluation was made before or after training.</p>'
+    body = [[name, *(_metric(key, getattr(r, key)) for key in METRICS)] for name, r in rows]
+    if len(rows) == 2:
+        change = [getattr(run.after, key) - getattr(run.before, key) for key in METRICS]
+        body.append(["change", *(_metric(key, value, "+") for key, value in zip(METRICS, change, strict=True))])
+    task = rows[-1][1]
+    what = f"{task.task}: {task.queries:,} queries, {task.candidates:,} candidates, {len(task.languages)} languages."
+    missing = "" if run.after else '<p class="soft">There is no evaluation after training (yet).</p>'
+    return (
+        f"{_table(['', *NAMES.values()], body)}{missing}"
+        f'<p class="soft">{escape(what)} mAP where question and pool are in one language (Mo), the pool is in one '
+        "other language (Cr), in all languages (Mul); rank distance: how far apart the parallel answers of a question "
+        "stand in that pool.</p>"
+    )
+
+
+def _metric(name: str, value: float, sign: str = "") -> str:
+    if math.isnan(value):
+        return "-"
+    return format(value, f"{sign},.1f" if name == "rank_distance" else f"{sign}.4f")
+
+
+def _x(records: Sequence[dict]) -> list[int]:
+    return [r["step"] + 1 for r in records]
+
+
+def _by_kind(run: _Run, name: str, label: str, *, zero: bool) -> str:
+    kinds = sorted({r["kind"] for r in run.steps})
+    groups = {kind: [r for r in run.steps if r["kind"] == kind] for kind in kinds}
+    lines = [Line(kind, _x(found), [r[name] for r in found]) for kind, found in groups.items()]
+    return line_chart(lines, label, zero=zero) if lines else ""
+
+
+def _loss(run: _Run) -> str:
+    return _by_kind(run, "loss", "InfoNCE loss", zero=True)
+
+
+def _accuracy(run: _Run) -> str:
+    return _by_kind(run, "accuracy", "share of queries", zero=True)
+
+
+def _during(run: _Run) -> str:
+    """Evaluations over the steps, the best of them marked."""
+    made = [r for r in run.records if r.get("evaluation") == DURING]
+    if not made:
+        return ""
+    metric = run.setting("eval.metric") or "mul"
+    measured = [r for r in made if r[metric] is not None]
+    pick = min if metric in LOWER_IS_BETTER else max
+    best = pick(measured, key=lambda r: r[metric])["step"] if measured else None
+    start = [{**r, "step": 0} for r in run.records if r.get("evaluation") == BEFORE][-1:]
+    curve = start + made
+    lines = [
+        Line(NAMES[key], *zip(*((r["step"], r[key]) for r in curve if r[key] is not None), strict=True), dots=True)
+        for key in METRICS[:3]
+        if any(r[key] is not None for r in curve)
+    ]
+    mark = None if best is None else (best, f"best {NAMES[metric]}: step {best:,}")
+    rows = [
+        [f"{r['step']:,}{' (best)' if r['step'] == best else ''}",
+         *(_metric(key, math.nan if r[key] is None else r[key]) for key in METRICS)]
+        for r in curve
+    ]  # fmt: skip
+    marked = [r["step"] == best for r in curve]
+    return line_chart(lines, "mAP", mark=mark) + _table(["step", *NAMES.values()], rows, marked)
+
+
+def _maps(run: _Run) -> str:
+    """mAP by query and passage language, before and after on one scale of colours."""
+    panels = [(name, r) for name, r in (("before", run.before), ("after", run.after)) if r is not None]
+    cells = [np.column_stack([np.array(r.matrix, float), np.array(r.mul_by_language, float)]) for _, r in panels]
+    finite = np.concatenate([c[np.isfinite(c)] for c in cells]) if cells else np.empty(0)
+    if not len(finite):
+        return ""
+    maps = []
+    for (name, r), values in zip(panels, cells, strict=True):
+        options = {"low": float(finite.min()), "high": float(finite.max()), "corner": "query ↓ passage →"}
+        maps.append(f"<div><h3>{name}</h3>{heat_table(r.languages, [*r.languages, 'all'], values, **options)}</div>")
+    note = '<p class="soft">Column "all": the pool of all languages.</p>'
+    return f'<div class="maps">{"".join(maps)}</div>{note}'
+
+
+def _drawn(run: _Run) -> str:
+    """Language pairs and batches of the steps so far."""
+    drawn = next((r for r in reversed(run.records) if "drawn_until" in r), None)
+    if drawn is None or not drawn["pairs"]:
+        return ""
+    pairs = {tuple(name.split(">")): count for name, count in drawn["pairs"].items()}
+    total = sum(pairs.values())
+    codes = sorted({code for pair in pairs for code in pair})
+    values = np.array([[100 * pairs.get((a, b), math.nan) / total for b in codes] for a in codes])
+    table = heat_table(
+        codes, codes, values, low=0.0, high=float(np.nanmax(values)), corner="query ↓ passage →", form=".1f", unit="%"
+    )
+    batches = _table(["batches", ""], [[name, f"{count:,}"] for name, count in sorted(drawn["batches"].items())])
+    said = f"{total:,} pairs of {drawn['drawn_until']:,} steps; cells in percent of them."
+    if drawn["excluded_negatives"]:
+        said += f" {drawn['excluded_negatives']:,} hard negatives were passed over: their content was in the batch."
+    return f'<p class="soft">{said}</p>{table}<h3>Batches by kind and source</h3>{batches}'
+
+
+def _phases(run: _Run) -> str:
+    """Share of every step's time by phase, and of all steps together."""
+    steps = [r for r in run.steps if "phases" in r]
+    if not steps:
+        return ""
+    by_step = [phase_shares([r]) for r in steps]
+    shares = {name: [share.get(name, 0.0) for share in by_step] for name in (*PHASES, OTHER)}
+    whole = phase_shares(steps)
+    said = ", ".join(f"{name} {whole[name]:.1%}" for name in shares)
+    return stacked_chart(_x(steps), shares, "share of a step's time") + f'<p class="soft">All steps: {said}.</p>'
+
+
+def _throughput(run: _Run) -> str:
+    steps = run.steps
+    if not steps:
+        return ""
+    pairs = run.setting("batch.size")
+    seconds = [max(r["seconds"], 1e-9) for r in steps]
+    tokens = [r["tokens"] / took for r, took in zip(steps, seconds, strict=True)]
+    charts = [
+        line_chart([Line("pairs", _x(steps), [pairs / took for took in seconds])], "pairs per second"),
+        line_chart([Line("tokens", _x(steps), tokens)], "tokens per second"),
+    ]
+    return "".join(charts) + '<p class="soft">Of all ranks. Evaluations and checkpoints lie between steps.</p>'
+
+
+def _memory(run: _Run) -> str:
+    steps = [r for r in run.steps if "memory_gib" in r]
+    if not steps:
+        return ""
+    note = '<p class="soft">The most that rank 0 has held since it began: of its GPU, or of main memory.</p>'
+    return line_chart([Line("memory", _x(steps), [r["memory_gib"] for r in steps])], "GiB, peak so far") + note
+
+
+def _troubles(run: _Run) -> str:
+    """Skipped steps, and why training ended early."""
+    skipped = [r for r in run.records if "skipped" in r]
+    parts = []
+    if run.ended_early:
+        ended = run.ended_early
+        parts.append(f"<p>Training ended after {ended['after']:,} steps: {escape(ended['ended_early'])}.</p>")
+    if skipped:
+        rows = [[f"{r['step'] + 1:,}", r["source"], r["skipped"]] for r in skipped[:SKIPPED]]
+        parts.append(_table(["step", "source", "why it was skipped"], rows, words=True))
+    if len(skipped) > SKIPPED:
+        parts.append(f"<p>And {len(skipped) - SKIPPED:,} more; bad-batches.jsonl lists all.</p>")
+    return "".join(parts)
+
+
+def _settings(run: _Run) -> str:
+    return f"<details><summary>config.yaml</summary><pre>{escape(run.yaml.strip())}</pre></details>"
+
+
+def _machine(run: _Run) -> str:
+    return _table(["", ""], [[name, value] for name, value in run.machine.items()], words=True) if run.machine else ""
+
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[bool] = (), *, words: bool = False
+) -> str:
+    """A table of escaped cells; rows that are `best` stand out."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    head = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
+    body = []
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
+        marked = ' class="best"' if number < len(best) and best[number] else ""
+        body.append(f"<tr{marked}>{cells}</tr>")
+    kind = "plain words" if words else "plain"
+    return f'<div class="wide"><table class="{kind}">{head}<tbody>{"".join(body)}</tbody></table></div>'
