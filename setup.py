@@ -40,7 +40,10 @@ EXTRAS = {
         "datasets>=4.0",  # what its trainer reads
     ],
     "mteb": ["mteb>=2.0"],  # public benchmarks
-    "track": ["trackio>=0.5"],  # run tracking
+    "track": [  # train.track
+        "trackio>=0.43",  # run tracking in a local file; the first to run beside huggingface_hub 2
+        "wandb>=0.19",  # run tracking on a server, or offline; 0.19 is the oldest that was tried
+    ],
     "lora": ["peft>=0.17"],  # adapters
     "dev": [
         "pytest>=8.3",
@@ -104,6 +107,7 @@ setup(
             "hbt-mine = hbt_fast.mine:main",
             "hbt-lexicon = hbt_fast.lexicon:main",
             "hbt-evaluate = hbt_fast.evaluate:main",
+            "hbt-report = hbt_fast.report:main",
         ]
     },
 )

@@ -113,7 +113,7 @@ def heat_table(
         low: value of the lightest colour.
         high: value of the darkest.
         corner: what the names are.
-        form: how a value is written; a leading 0 is left out.
+        form: how a value is written; without a leading 0 where none exceeds 1.
         unit: behind a value, where the mouse is.
     """
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
@@ -127,7 +127,7 @@ def heat_table(
             colour, ink = _colour((value - low) / (high - low) if high > low else 0.0)
             said = escape(f"{name} → {column}: {value:.4g}{unit}")
             written = format(value, form)
-            written = written[1:] if written.startswith("0.") else written
+            written = written[1:] if high <= 1 and written.startswith("0.") else written
             cells.append(f'<td style="background:{colour};color:{ink}" title="{said}">{written}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     head = f'<thead><tr><th class="corner">{escape(corner)}</th>{head}</tr></thead>'

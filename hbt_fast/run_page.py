@@ -197,8 +197,8 @@ def _top(run: _Run) -> str:
         facts = [
             ("loss, last 5% of the steps", f"{np.mean([r['loss'] for r in last]):.4f}"),
             ("in-batch accuracy there", f"{np.mean([r['accuracy'] for r in last]):.3f}"),
-            ("pairs per second", f"{run.setting('batch.size') / seconds:,.0f}"),
-            ("median step", f"{seconds:.3g} s"),
+            ("pairs per second, median step", f"{run.setting('batch.size') / seconds:,.0f}"),
+            ("a step, median", f"{seconds:.3g} s"),
             ("in steps, altogether", clock(sum(r["seconds"] for r in steps))),
         ]
         if "memory_gib" in steps[-1]:
@@ -362,8 +362,8 @@ def _troubles(run: _Run) -> str:
         ended = run.ended_early
         parts.append(f"<p>Training ended after {ended['after']:,} steps: {escape(ended['ended_early'])}.</p>")
     if skipped:
-        rows = [[f"{r['step'] + 1:,}", r["source"], r["skipped"]] for r in skipped[:SKIPPED]]
-        parts.append(_table(["step", "source", "why it was skipped"], rows, words=True))
+        rows = [[f"{r['step']:,}", r["source"], r["skipped"]] for r in skipped[:SKIPPED]]
+        parts.append(_table(["step, from 0", "source", "why it was skipped"], rows, words=True))
     if len(skipped) > SKIPPED:
         parts.append(f"<p>And {len(skipped) - SKIPPED:,} more; bad-batches.jsonl lists all.</p>")
     return "".join(parts)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PHASES = ("data", "embed", "loss", "re-embed", "optimizer")
 OTHER = "other"
+NOTABLE = 5  # percent of the time that no phase timed, from which on a log line tells
 
 
 def negatives_per_query(plan: BatchPlan) -> int:
@@ -76,17 +77,19 @@ def log_line(records: Sequence[dict], *, pairs: int, done: int, total: int, left
     """
     mean = {name: float(np.mean([r[name] for r in records])) for name in ("loss", "accuracy", "negatives", "seconds")}
     seconds = max(sum(record["seconds"] for record in records), 1e-9)
-    shares = _percent(phase_shares(records))
-    spent = " ".join(f"{name} {percent}" for name, percent in shares.items() if name != OTHER or percent)
+    percents = _percent(phase_shares(records))
+    if percents[OTHER] < NOTABLE:
+        del percents[OTHER]
+    spent = " ".join(f"{'opt' if name == 'optimizer' else name} {percent}" for name, percent in percents.items())
     parts = [
         f"step {done:>{len(str(total))}}/{total}",
         f"loss {mean['loss']:.4f}",
         f"acc {mean['accuracy']:.3f}",
-        f"{mean['negatives']:,.0f} negatives",
+        f"neg {mean['negatives']:,.0f}",
         f"lr {records[-1]['learning_rate']:.1e}",
         f"{short(pairs * len(records) / seconds)} pairs/s",
-        f"{short(sum(record['tokens'] for record in records) / seconds)} tokens/s",
-        f"{spent} %",
+        f"{short(sum(record['tokens'] for record in records) / seconds)} tok/s",
+        f"{spent}%",
         f"{records[-1]['memory_gib']:.1f} GiB",
         f"eta {clock(left)}",
     ]
@@ -94,12 +97,14 @@ def log_line(records: Sequence[dict], *, pairs: int, done: int, total: int, left
 
 
 def short(number: float) -> str:
-    """A rate in a few characters: 7.3, 1,234, 123k, 1.23M."""
-    if number < 10:
+    """A rate in a few characters: 7.3, 1,234, 12.3k, 123k, 1.23M."""
+    if number < 9.95:
         return f"{number:.1f}"
-    if number < 99_999.5:
+    if number < 9_999.5:
         return f"{number:,.0f}"
-    return f"{number / 1e3:.0f}k" if number < 999_500 else f"{number / 1e6:,.2f}M"
+    if number < 999_500:
+        return f"{number / 1e3:.{1 if number < 99_950 else 0}f}k"
+    return f"{number / 1e6:,.2f}M"
 
 
 def clock(seconds: float) -> str:
