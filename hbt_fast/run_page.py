@@ -60,7 +60,7 @@ svg text { fill: var(--soft); font-size: 12px; }
   border-radius: .2rem; background: var(--c); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .plain th, .plain td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--rule); }
-.plain th:first-child, .plain td:first-child, .words td { text-align: left; }
+.plain th:first-child, .plain td:first-child, .words.words td, .words.words th { text-align: left; }
 .plain th { font-weight: 600; }
 .plain tr.best td { font-weight: 700; }
 .heat { font-size: .72rem; border-spacing: 1px; border-collapse: separate; }
