@@ -104,6 +104,7 @@ setup(
             "hbt-train = hbt_fast.train:main",
             "hbt-prepare = hbt_fast.prepare:main",
             "hbt-plan = hbt_fast.plan:main",
+            "hbt-estimate = hbt_fast.estimate:main",
             "hbt-mine = hbt_fast.mine:main",
             "hbt-lexicon = hbt_fast.lexicon:main",
             "hbt-evaluate = hbt_fast.evaluate:main",

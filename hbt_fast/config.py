@@ -113,7 +113,7 @@ class TrainConfig:
         micro_batch_tokens: tokens, padding included, that go through the encoder at once; auto finds the fastest number
             in the first steps (another one rounds differently: write a number to repeat a run to the bit).
         keep_gib: GiB per rank for the graphs of micro-batches that are then embedded once instead of twice; auto takes
-            what is free (half of it on a CPU), 0 keeps none.
+            what is free (half of it on a CPU). The first micro-batch's graph takes no more than any and is always kept.
         precision: bf16 and fp16 run the encoder under autocast (float32 weights), fp16 with a loss scale; auto is bf16
             on GPUs, fp32 elsewhere.
         engine: deepspeed or torch; auto is deepspeed when a launcher started this or zero_stage is above 0.

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,8 +51,11 @@ def free_bytes(device: torch.device) -> int:
 
 def reuse_freed_memory() -> None:
     """Have the C library keep what is freed, as torch does on a GPU: a step's graphs then find the pages of the last
-    step's, where these would otherwise be handed back and cleared anew. Without effect where that is not glibc.
+    step's, where these would otherwise be handed back and cleared anew. Not where addresses are scarce (ulimit -v), and
+    without effect where that is not glibc.
     """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, -1)  # never
