@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can say, in one command of under 8 minutes: are the kernels right, how fast, which tiles.
+# Everything that only a GPU can say, in one command of under 10 minutes: are kernels and steps right, how fast, which tiles.
 # Tables, JSON and logs go to ${OUT:-bench/results}. A part that fails or takes too long does not stop the next.
 set -u
 cd "$(dirname "$0")/.."
@@ -28,8 +28,10 @@ part() {  # seconds, name, arguments of pytest; an interrupt lets pytest print t
 }
 
 part 150 correct tests/test_kernels_claims.py tests/test_loss_triton_claims.py tests/test_loss_triton_memory.py --maxfail=20
-part 190 speed bench/bench_loss.py -k "not tiles" --results="$out/gpu-loss.md" --benchmark-json="$out/gpu-loss.json"
-part 80 tiles bench/bench_loss.py -k tiles --results="$out/gpu-tiles.md" --benchmark-json="$out/gpu-tiles.json"
+part 90 steps tests/test_steps_on_a_gpu.py
+part 170 speed bench/bench_loss.py -k "not tiles" --results="$out/gpu-loss.md" --benchmark-json="$out/gpu-loss.json"
+part 90 step bench/bench_step.py --results="$out/gpu-step.md" --benchmark-json="$out/gpu-step.json"
+part 60 tiles bench/bench_loss.py -k tiles --results="$out/gpu-tiles.md" --benchmark-json="$out/gpu-tiles.json"
 
 echo "== written"
 ls -l "$out"/gpu-*

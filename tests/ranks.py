@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each a process of its own, as a launcher would."""
+"""Run a function on several ranks, each a process of its own, as a launcher would; on the CPU unless asked."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 import torch.multiprocessing as mp
 
 
-def run_ranks(function, world: int, *arguments) -> None:
+def run_ranks(function, world: int, *arguments, gpu: bool = False) -> None:
     """Call function(rank, world, *arguments) in `world` processes; an error in one is raised here."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_enter, (function, world, port, arguments), nprocs=world, start_method="spawn")
+    mp.start_processes(_enter, (function, world, port, arguments, gpu), nprocs=world, start_method="spawn")
 
 
-def _enter(rank: int, function, world: int, port: int, arguments: tuple) -> None:
+def _enter(rank: int, function, world: int, port: int, arguments: tuple, gpu: bool) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     try:
         function(rank, world, *arguments)

@@ -41,7 +41,13 @@ def begin(
 ) -> list[subprocess.Popen]:
     """The program on so many ranks (or only one of them), each a process that the test can signal."""
     port = port or free_port()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     if ranks > 1:
         environment["WORLD_SIZE"] = str(ranks)
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]

@@ -2,8 +2,9 @@
 
 import pytest
 
-from hbt_fast.config import dump, parse
-from hbt_fast.engine.backends import deepspeed_config
+from hbt_fast.config import TrainConfig, dump, parse
+from hbt_fast.engine.backends import SettingError, deepspeed_config
+from hbt_fast.engine.launch import start
 
 
 def parsed(*arguments):
@@ -76,3 +77,11 @@ def test_a_deepspeed_file_is_merged_and_conflicts_are_named():
         deepspeed_config(1.0, 2, {"optimizer": {"type": "Adam"}})
     with pytest.raises(ValueError, match=r"stage 3.*zero_stage says 2"):
         deepspeed_config(1.0, 2, {"zero_optimization": {"stage": 3}})
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SettingError, match=r"more ranks were started here than there are GPUs \(1\)"):
+        start(TrainConfig())

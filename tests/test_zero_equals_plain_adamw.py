@@ -65,7 +65,9 @@ def make_stepper(config: Config, world: World, keep="some", towers=None) -> Step
 
 def run(config: Config, store: Store, world: World, first: int = 0, last: int = STEPS, restored=None, keep="some"):
     """Train some steps; returns the engine's state (parameters, moments)."""
-    towers = tiny_towers(config)
+    towers = tiny_towers(config).to(world.device)
+    for encoder in towers.encoders:
+        encoder.autocast = world.autocast
     if restored:
         towers.load_trained(restored[0])
     stepper = make_stepper(config, world, keep, towers)

@@ -62,10 +62,18 @@ def start(settings: TrainConfig) -> World:
 
     Args:
         settings: a `TrainConfig`.
+
+    Raises:
+        SettingError: this machine has more ranks than GPUs.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= (gpus := torch.cuda.device_count()):
+            raise SettingError(
+                f"more ranks were started here than there are GPUs ({gpus}); start one for each, or hide the GPUs "
+                '(CUDA_VISIBLE_DEVICES="") to train on the CPU'
+            )
         torch.cuda.set_device(device)
     else:
         reuse_freed_memory()
