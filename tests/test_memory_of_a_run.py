@@ -29,7 +29,14 @@ RUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [["train.keep_gib=0"], ["train.keep_gib=4", "train.zero_stage=1"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["train.keep_gib=0"],
+        ["train.keep_gib=4", "train.zero_stage=1"],
+        ["model.separate_towers=true", "model.gradient_checkpointing=true"],
+    ],
+)
 def test_the_estimate_is_within_15_percent_of_the_peak(tmp_path, more):
     def said(*command: str) -> str:
         done = subprocess.run(
