@@ -26,7 +26,7 @@ class ModelConfig:
     Args:
         path: checkpoint folder or hub name; null trains one from nothing (see model.scratch).
         scratch: the shape of an encoder from nothing.
-        pooling: mean or cls; null takes what the checkpoint records, else mean.
+        pooling: mean, cls, last or weighted_mean (by position); null takes what the checkpoint records, else mean.
         query_prompt: put before every query.
         passage_prompt: put before every passage.
         query_max_length: tokens of a query, prompt and special tokens included; the rest is cut off.
@@ -41,7 +41,7 @@ class ModelConfig:
 
     path: str | None = None
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    pooling: Literal["mean", "cls"] | None = None
+    pooling: Literal["mean", "cls", "last", "weighted_mean"] | None = None
     query_prompt: str = "Query: "
     passage_prompt: str = "Passage: "
     query_max_length: int = 64

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hbt_fast.data.rows import DataError
+from hbt_fast.encoder.pooling import POOLINGS
 
 DEFAULT_PROMPTS = ("Query: ", "Passage: ")  # the prefixes of arXiv 2408.10536
 
@@ -27,7 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, metavar="DIR", help="LAReQA folder with one <language>.json each")
     parser.add_argument("--query-prompt", help="default: the one recorded with the model, else 'Query: '")
     parser.add_argument("--passage-prompt", help="default: the one recorded with the model, else 'Passage: '")
-    parser.add_argument("--pooling", choices=["mean", "cls"], help="default: the one recorded with the model")
+    parser.add_argument("--pooling", choices=POOLINGS, help="default: the one recorded with the model")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text")
     parser.add_argument("--context", action="store_true", help="append the paragraph to each candidate sentence")
     parser.add_argument("--languages", metavar="en,de,..", help="evaluate on these languages only")

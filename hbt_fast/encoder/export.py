@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hbt_fast.encoder.model import Encoder
+from hbt_fast.encoder.model import RECORDED, Encoder
 
 # the module paths that sentence-transformers 3 to 6 understand
 MODULES = [
@@ -36,8 +36,7 @@ def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] 
     prompts = {**encoder.prompts, "document": encoder.prompts["passage"]}
     pooling = {
         "word_embedding_dimension": encoder.dimension,
-        "pooling_mode_cls_token": encoder.pooling == "cls",
-        "pooling_mode_mean_tokens": encoder.pooling == "mean",
+        **{flag: encoder.pooling == name for name, (_, flag) in RECORDED.items()},
         "include_prompt": True,
     }
     for name, content in {

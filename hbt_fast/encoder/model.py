@@ -6,21 +6,31 @@ Shape legend: n texts, T tokens in all, L tokens of the longest, d embedding dim
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hbt_fast.encoder import packed
+from hbt_fast.encoder.packed import Sequences
+from hbt_fast.encoder.pooling import POOLINGS, Pooling, pool
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Pooling = Literal["mean", "cls"]
 PROMPTS = {"query": "Query: ", "passage": "Passage: "}
+RECORDED = {  # by sentence-transformers: its name of the pooling, and the switch that older ones have
+    "mean": ("mean", "pooling_mode_mean_tokens"),
+    "cls": ("cls", "pooling_mode_cls_token"),
+    "last": ("lasttoken", "pooling_mode_lasttoken"),
+    "weighted_mean": ("weightedmean", "pooling_mode_weightedmean_tokens"),
+}
 
 
 class EncoderError(ValueError):
@@ -33,10 +43,13 @@ class Encoder(nn.Module):
     Args:
         model: a Hugging Face encoder (from AutoModel).
         tokenizer: its fast tokenizer.
-        pooling: "mean" over the tokens of a text, or "cls", its first token.
+        pooling: "mean", "cls", "last" or "weighted_mean"; see `hbt_fast.encoder.pooling.pool`.
         max_length: tokens per text in `encode`, special tokens included.
         prompts: what to put before texts: {"query": ..., "passage": ...}.
         autocast: dtype of the matrix products (torch.bfloat16 on GPUs), or None for the weights' own.
+
+    Attributes:
+        packs: whether texts go through the model without padding.
     """
 
     def __init__(
@@ -50,10 +63,15 @@ class Encoder(nn.Module):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if pooling not in ("mean", "cls"):
-            raise EncoderError(f"model.pooling is {pooling!r}; write 'mean' or 'cls'")
+        if pooling not in POOLINGS:
+            raise EncoderError(f"model.pooling is {pooling!r}; write one of {', '.join(POOLINGS)}")
         self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
         self.max_length, self.prompts, self.autocast = max_length, dict(prompts or PROMPTS), autocast
+        self.packs = packed.can_pack(model)
+        if self.packs:
+            packed.prepare(model)
+        else:
+            print(f"{model.config.model_type} is not known to run without padding; texts are padded", file=sys.stderr)
 
     @classmethod
     def from_pretrained(
@@ -128,20 +146,24 @@ class Encoder(nn.Module):
         Returns:
             (n, d) unit vectors, float32 (float64 if the weights are).
         """
-        lengths = cu_seqlens.diff().tolist()
-        ids_nL = pad_sequence(
-            tokens.long().split(lengths), batch_first=True, padding_value=self.model.config.pad_token_id
-        )
-        length_n = torch.tensor(lengths, device=tokens.device)
-        mask_nL = (torch.arange(ids_nL.shape[1], device=tokens.device) < length_n[:, None]).long()
+        sequences = Sequences.of(cu_seqlens, tokens.device)
+        packs = self.packs and packed.is_prepared(self.model)  # not if somebody put another model in
         with torch.autocast(tokens.device.type, self.autocast) if self.autocast else nullcontext():
-            hidden_nLd = self.model(input_ids=ids_nL, attention_mask=mask_nL).last_hidden_state
-        hidden_nLd = hidden_nLd.to(torch.promote_types(hidden_nLd.dtype, torch.float32))
-        if self.pooling == "cls":
-            pooled_nd = hidden_nLd[:, 0]
-        else:
-            pooled_nd = (hidden_nLd * mask_nL[:, :, None]).sum(1) / length_n[:, None]
+            if packs:
+                hidden_Td = packed.forward(self.model, tokens.long(), sequences)
+            else:
+                hidden_Td = self._padded(tokens, sequences)
+        pooled_nd = pool(hidden_Td, sequences.cu_seqlens, sequences.text_T, self.pooling)
         return nn.functional.normalize(pooled_nd, dim=-1)
+
+    def _padded(self, tokens: Tensor, sequences: Sequences) -> Tensor:
+        """The hidden states of packed texts, (T, d), by way of padded rows."""
+        lengths = [length for texts, length in sequences.runs for _ in range(texts)]
+        padding = self.model.config.pad_token_id
+        ids_nL = pad_sequence(tokens.long().split(lengths), batch_first=True, padding_value=padding)
+        length_n = torch.tensor(lengths, device=tokens.device)
+        mask_nL = torch.arange(ids_nL.shape[1], device=tokens.device) < length_n[:, None]
+        return self.model(input_ids=ids_nL, attention_mask=mask_nL.long()).last_hidden_state[mask_nL]
 
     def tokenise(self, texts: Sequence[str], prompt: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Token ids of texts, cut off at `max_length`.
@@ -219,13 +241,12 @@ def _sentence_transformers_settings(folder: Path) -> dict:
     found = {}
     if (path := folder / "1_Pooling" / "config.json").is_file():
         pooling = json.loads(path.read_text(encoding="utf-8"))
-        mode = pooling.get("pooling_mode")
-        if mode == "mean" or pooling.get("pooling_mode_mean_tokens"):
-            found["pooling"] = "mean"
-        elif mode == "cls" or pooling.get("pooling_mode_cls_token"):
-            found["pooling"] = "cls"
-        else:
-            raise EncoderError(f"{path}: a pooling that is not supported; it can be 'mean' or 'cls'")
+        modes = [
+            name for name, (mode, flag) in RECORDED.items() if pooling.get("pooling_mode") == mode or pooling.get(flag)
+        ]
+        if len(modes) != 1:
+            raise EncoderError(f"{path}: a pooling that is not supported; it can be one of {', '.join(POOLINGS)}")
+        found["pooling"] = modes[0]
     if (path := folder / "sentence_bert_config.json").is_file():
         length = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
         found |= {"max_length": length} if length else {}

@@ -154,6 +154,7 @@ def make_towers(
             (new or encoder.model.gradient_checkpointing_enable)({"use_reentrant": False})
         if model.compile:
             encoder.model.compile(dynamic=True)
+            encoder.packs = False  # every batch has other texts, and would be compiled anew
     return Towers(encoders, temperature)
 
 
