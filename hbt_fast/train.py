@@ -22,6 +22,7 @@ from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
 from hbt_fast.data.switching import Switching
 from hbt_fast.encoder import EncoderError
+from hbt_fast.encoder.encoding import weights_checksum
 from hbt_fast.encoder.towers import Towers, make_towers
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.checkpoint import (
@@ -30,7 +31,6 @@ from hbt_fast.engine.checkpoint import (
     checkpoint_folder,
     load_checkpoint,
     save_checkpoint,
-    weights_checksum,
 )
 from hbt_fast.engine.evaluator import Evaluator, spread
 from hbt_fast.engine.guard import DivergedError, SkippedSteps

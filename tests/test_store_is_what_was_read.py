@@ -187,8 +187,8 @@ def test_a_tokenising_process_that_dies_is_no_silent_loss(tokenizer, tmp_path, m
 
     monkeypatch.setattr("hbt_fast.data.build.ALONE", 1)
 
-    def dying(self, count, setup):
-        original(self, count, setup)
+    def dying(self, *arguments):
+        original(self, *arguments)
         self.processes[0].kill()
 
     original = workers.Workers.__init__

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from hbt_fast.data import tokenise
 from hbt_fast.data.draft import KEYS, Draft, sync_folder, write_whole
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.store import FORMAT, Role, SourceStore
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 
 JOURNAL_SECONDS = 10.0  # between lines of the journal: the most work that a kill can lose
 ALONE = 8  # so many chunks are tokenised here before processes are started
+TOKENISER = (sys.executable, "-P", str(Path(tokenise.__file__)))  # -P: its folder stays off sys.path
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+ONE_THREAD = dict.fromkeys(THREADS, "1") | {"TOKENIZERS_PARALLELISM": "false"}
+DIED = (
+    "a tokenising process ended with status {status} (-9: killed, perhaps for memory); "
+    "prepare the data again, it goes on where it stopped"
+)
 
 
 def build_source(
@@ -144,7 +152,8 @@ def _encoded(chunks: Iterator[list[PlainRow]], setup: tuple, workers: int | None
             yield encode(chunk)
         del encode
         for chunk in chunks:  # there is at least one more
-            with closing(Workers(workers, setup).map(chain([chunk], chunks))) as encoded:
+            processes = Workers([(TOKENISER, ONE_THREAD)] * workers, setup, DIED)
+            with closing(processes.map(chain([chunk], chunks))) as encoded:
                 yield from encoded
     except RowError as error:
         raise DataError(str(error)) from None

@@ -20,22 +20,24 @@ BLOCK = 1 << 20  # elements written or read at a time
 
 
 class GrowingArray:
-    """A one-dimensional array in a .npy file. The header is written last: before, the file is not readable as .npy.
+    """An array of one or two dimensions in a .npy file. The header is written last: before, it is not readable as .npy.
 
     Args:
         path: of the file; what is there is kept until `restore`.
         dtype: of the elements.
+        width: of the rows, if there are two dimensions.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype | type) -> None:
-        self.path, self.dtype, self.length, self.sum = path, np.dtype(dtype), 0, xxhash.xxh3_64()
+    def __init__(self, path: Path, dtype: np.dtype | type, width: int | None = None) -> None:
+        self.path, self.dtype, self.width = path, np.dtype(dtype), width
+        self.length, self.sum = 0, xxhash.xxh3_64()
         self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by close
         self.file.seek(0)
         self.file.write(bytes(HEADER))
 
     def append(self, values: np.ndarray) -> None:
         """Write values at the end."""
-        values = np.ascontiguousarray(values, self.dtype)
+        values = np.ascontiguousarray(values, self.dtype).reshape(-1)
         if len(values):
             raw = values.view(np.uint8).data
             self.file.write(raw)
@@ -71,7 +73,8 @@ class GrowingArray:
 
     def finish(self) -> dict[str, Any]:
         """Write the header; returns the state."""
-        words = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': ({self.length},), }}"
+        shape = (self.length,) if self.width is None else (self.length // self.width, self.width)
+        words = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
         self.file.seek(0)
         self.file.write(b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little"))
         self.file.write(words.ljust(HEADER - 11).encode() + b"\n")

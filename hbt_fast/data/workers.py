@@ -1,52 +1,48 @@
-"""Processes that tokenise: chunks go out to them and come back in order."""
+"""Processes that tokenise or encode: chunks go out to them and what they made of these comes back in order."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from hbt_fast.data import tokenise
 from hbt_fast.data.rows import DataError
-from hbt_fast.data.tokenise import PlainRow
+from hbt_fast.data.tokenise import line_of, receive
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+Start = tuple[Sequence[str], dict[str, str]]  # a process: its command, and what it has in its environment besides
 
 
 class Workers:
-    """Worker processes, each fed by a thread of this one; see `hbt_fast.data.tokenise` for what they are.
+    """Processes that read lines of JSON and answer each by arrays; every one is fed by a thread of this process.
 
-    They hold no files of the store and end with this process, however it ends: their input is closed.
+    They end with this process, however it ends: their input is closed.
 
     Args:
-        count: number of processes.
-        setup: the arguments of ChunkEncoder.
+        starts: of each process.
+        setup: the line that each gets first.
+        died: what to say if one ends by itself; its {status} is filled in.
     """
 
-    def __init__(self, count: int, setup: tuple) -> None:
-        command = [sys.executable, "-P", str(Path(tokenise.__file__))]  # -P: its folder stays off sys.path
-        environment = {**os.environ, **ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
-        self.setup, self.free = tokenise.line_of(setup), SimpleQueue()  # free: not waiting for a result
+    def __init__(self, starts: Sequence[Start], setup: object, died: str) -> None:
+        self.setup, self.died, self.free = line_of(setup), died, SimpleQueue()  # free: not waiting for a result
         self.processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            for _ in range(count)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | environment)
+            for command, environment in starts
         ]
         self.fresh = set(self.processes)
         for process in self.processes:
             self.free.put(process)
 
-    def map(self, chunks: Iterable[list[PlainRow]]) -> Iterator[dict[str, Any]]:
-        """The arrays of the chunks, in order; at most two chunks per process are under way.
+    def map(self, chunks: Iterable[object]) -> Iterator[dict[str, Any]]:
+        """What `hbt_fast.data.tokenise.send` sent for each chunk, in order; two chunks per process are under way.
 
         Raises:
-            RowError: of the first chunk that has one.
+            RowError: the first that was sent.
             DataError: a process died.
         """
         count = len(self.processes)
@@ -54,7 +50,7 @@ class Workers:
         threads = ThreadPoolExecutor(count)
         try:
             for chunk in chunks:
-                under_way.append(threads.submit(self._encode, chunk))
+                under_way.append(threads.submit(self._answer, chunk))
                 if len(under_way) == 2 * count:
                     yield under_way.popleft().result()
             while under_way:
@@ -67,20 +63,17 @@ class Workers:
                 with suppress(OSError), process:  # closes its pipes
                     pass
 
-    def _encode(self, chunk: list[PlainRow]) -> dict[str, Any]:
+    def _answer(self, chunk: object) -> dict[str, Any]:
         """Send a chunk to a free process and wait for what it makes of it."""
         process = self.free.get()
         try:
             if process in self.fresh:
                 self.fresh.remove(process)
                 process.stdin.write(self.setup)
-            process.stdin.write(tokenise.line_of(chunk))
+            process.stdin.write(line_of(chunk))
             process.stdin.flush()
-            return tokenise.receive(process.stdout)
+            return receive(process.stdout)
         except (OSError, EOFError):
-            raise DataError(
-                f"a tokenising process ended with status {process.wait()} (-9: killed, perhaps for memory); "
-                "prepare the data again, it goes on where it stopped"
-            ) from None
+            raise DataError(self.died.format(status=process.wait())) from None
         finally:
             self.free.put(process)

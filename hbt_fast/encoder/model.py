@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ RECORDED = {  # by sentence-transformers: its name of the pooling, and the switc
 
 
 class EncoderError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do."""
+    """A checkpoint, a setting or texts that cannot be used; the message says why and what to do."""
 
 
 class Encoder(nn.Module):
@@ -175,49 +176,55 @@ class Encoder(nn.Module):
         Returns:
             (T,) int32 token ids, and (n + 1,) int64: text i is tokens[offsets[i]:offsets[i + 1]].
         """
-        ids = []
-        for i in range(0, len(texts), 8192):  # in pieces: the tokenizer's output is bulky
-            batch = [prompt + text for text in texts[i : i + 8192]]
-            ids += self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
-        return np.concatenate([np.asarray(i, np.int32) for i in ids]), np.cumsum([0, *map(len, ids)])
+        pieces, lengths = [], []
+        for i in range(0, len(texts), 4096):  # in pieces: the tokenizer's output is bulky
+            batch = [prompt + text for text in texts[i : i + 4096]]
+            ids = self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
+            for text, one in zip(batch, ids, strict=True):
+                if not one:
+                    raise EncoderError(f"no token is left of the text {text[:60]!r}; leave it out")
+            pieces.append(np.fromiter(chain.from_iterable(ids), np.int32))
+            lengths += map(len, ids)
+        return np.concatenate(pieces), np.cumsum([0, *lengths])
 
-    @torch.inference_mode()
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         prompt: str = "",
         *,
         batch_tokens: int = 8192,
+        dimensions: int | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        devices: Sequence[str] | None = None,
+        out: str | Path | None = None,
         progress: bool = False,
     ) -> np.ndarray:
-        """Embed texts.
+        """Embed texts, however many; `torch.from_numpy` makes a tensor of what comes back, without a copy.
 
         Args:
-            texts: n texts.
+            texts: n strings; an iterator is taken as it comes, and its texts are not held.
             prompt: put before each text, as "Query: ".
-            batch_tokens: tokens per forward pass, padding included (texts are sorted by length first).
+            batch_tokens: tokens per forward pass, padding included (texts are sorted by length, 4,096 at a time).
+            dimensions: keep the first so many, normalised again, of an encoder that was trained for it (arXiv
+                2205.13147); None keeps all.
+            dtype: of the vectors.
+            devices: encode in processes of their own, one per entry, as ["cuda:0", "cuda:1"] or ["cpu", "cpu"]; None
+                encodes in this one, where the weights are.
+            out: a .npy file to write, which then comes back mapped into memory, so that the vectors need not fit it.
+                An encoding that was interrupted goes on where it was if it is started again with the same texts.
             progress: show a progress bar on stderr.
 
         Returns:
-            (n, d) float32 unit vectors, in the order of the texts.
+            (n, d) unit vectors, in the order of the texts.
+
+        Raises:
+            EncoderError: a text is no string or has no token, a setting cannot be met, a process died, or what was
+                interrupted were other texts or another encoder.
         """
-        from tqdm import tqdm
+        from hbt_fast.encoder.encoding import How, encode
 
-        from hbt_fast.data.pack import pack
-
-        if not len(texts):
-            return np.empty((0, self.dimension), np.float32)
-        flat, offsets = self.tokenise(texts, prompt)
-        out = np.empty((len(texts), self.dimension), np.float32)
-        training = self.training
-        self.eval()
-        with tqdm(total=len(flat), desc="encoding", unit="tok", unit_scale=True, disable=not progress) as bar:
-            for micro in pack(np.arange(len(texts)), flat, offsets, batch_tokens):
-                tokens = torch.from_numpy(micro.tokens).to(self.device)
-                out[micro.index] = self(tokens, torch.from_numpy(micro.cu_seqlens)).cpu().numpy()
-                bar.update(len(micro.tokens))
-        self.train(training)
-        return out
+        how = How(prompt, batch_tokens, self.dimension if dimensions is None else dimensions, str(np.dtype(dtype)))
+        return encode(self, texts, how, devices=devices, out=None if out is None else Path(out), progress=progress)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

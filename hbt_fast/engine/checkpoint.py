@@ -169,19 +169,6 @@ def differences(before: dict, now: dict, words: str) -> list[str]:
     return found
 
 
-def weights_checksum(parameters: dict[str, Tensor]) -> str:
-    """A checksum of weights, names included.
-
-    Args:
-        parameters: by name.
-    """
-    state = xxhash.xxh3_128()
-    for name, p in sorted(parameters.items()):
-        state.update(name.encode())
-        state.update(p.detach().cpu().contiguous().numpy())
-    return state.hexdigest()
-
-
 def _checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     folders = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]

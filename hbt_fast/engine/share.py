@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from hbt_fast.encoder.encoding import weights_checksum
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.checkpoint import (
     Checkpoint,
@@ -21,7 +22,6 @@ from hbt_fast.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     newest_step,
-    weights_checksum,
 )
 
 if TYPE_CHECKING:

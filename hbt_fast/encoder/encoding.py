@@ -1,0 +1,357 @@
+"""Encoding many texts: an iterable of any length in, vectors out, in its order.
+
+Texts are taken a piece at a time: tokenised (while the piece before is embedded), sorted by length, packed into
+micro-batches and embedded, here or in processes of their own. Vectors go into an array, or into a file that an
+interrupted encoding goes on with.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from hbt_fast.data.draft import sync_folder, write_whole
+from hbt_fast.data.growing import GrowingArray
+from hbt_fast.data.pack import MicroBatch, pack
+from hbt_fast.data.rows import DataError
+from hbt_fast.data.tokenise import RowError
+from hbt_fast.data.workers import Workers
+from hbt_fast.encoder.model import Encoder, EncoderError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+PIECE = 4096  # texts
+SECONDS = 30  # of work that an interruption may cost
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class How:
+    """What is asked for.
+
+    Args:
+        prompt: put before every text.
+        batch_tokens: tokens per micro-batch, padding included.
+        dimensions: the first so many are kept, and normalised (Matryoshka embeddings, arXiv 2205.13147).
+        dtype: of the vectors, "float32" or "float16".
+    """
+
+    prompt: str
+    batch_tokens: int
+    dimensions: int
+    dtype: str
+
+
+def encode(
+    encoder: Encoder,
+    texts: Iterable[str],
+    how: How,
+    *,
+    devices: Sequence[str] | None = None,
+    out: Path | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """See `Encoder.encode`."""
+    from tqdm import tqdm
+
+    _check(encoder, texts, how, devices, out)
+    total = len(texts) if hasattr(texts, "__len__") else None
+    rows = _Rows(total, how) if out is None else VectorFile(out, how, identity(encoder, how))
+    options = {"total": total, "initial": rows.done, "unit": "text", "unit_scale": True, "disable": not progress}
+    training = encoder.training
+    encoder.eval()
+    try:
+        with tqdm(desc="encoding", **options) as bar:
+            pieces = rows.left(_pieces(texts))
+            made = _in_processes(encoder, devices, pieces, how, bar) if devices else _here(encoder, pieces, how, bar)
+            with closing(made):
+                for vectors_nd in made:
+                    rows.append(vectors_nd)
+        return rows.finish()
+    finally:
+        rows.close()
+        encoder.train(training)
+
+
+def embed(encoder: Encoder, texts: list[str], how: How) -> np.ndarray:
+    """The vectors of texts that fit the memory, (n, dimensions).
+
+    Args:
+        encoder: in evaluation mode.
+        texts: at least one.
+        how: what is asked for.
+    """
+    return _embedded(encoder, _packed(encoder, texts, how), how)
+
+
+def identity(encoder: Encoder, how: How) -> dict[str, str | int]:
+    """What the vectors of a text depend on, as JSON.
+
+    Args:
+        encoder: what encodes.
+        how: what is asked for.
+    """
+    tokenizer = xxhash.xxh3_128_hexdigest(encoder.tokenizer.backend_tokenizer.to_str().encode())
+    settings = {"pooling": encoder.pooling, "max_length": encoder.max_length, "autocast": str(encoder.autocast)}
+    return {
+        "weights": weights_checksum(dict(encoder.named_parameters())),
+        "tokenizer": tokenizer,
+        **settings,
+        **{name: value for name, value in asdict(how).items() if name != "batch_tokens"},
+    }
+
+
+def weights_checksum(parameters: dict[str, Tensor]) -> str:
+    """A checksum of weights, names included.
+
+    Args:
+        parameters: by name.
+    """
+    state = xxhash.xxh3_128()
+    for name, p in sorted(parameters.items()):
+        state.update(name.encode())
+        state.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+class _Rows:
+    """Vectors in memory: in one array, if their number is known."""
+
+    done = 0
+
+    def __init__(self, total: int | None, how: How) -> None:
+        self.whole_nd = None if total is None else np.empty((total, how.dimensions), how.dtype)
+        self.parts = [] if total is not None else [np.empty((0, how.dimensions), how.dtype)]
+
+    def left(self, pieces: Iterator[list[str]]) -> Iterator[list[str]]:
+        return pieces
+
+    def append(self, vectors_nd: np.ndarray) -> None:
+        if self.whole_nd is None:
+            self.parts.append(vectors_nd)
+        else:
+            self.whole_nd[self.done : self.done + len(vectors_nd)] = vectors_nd
+        self.done += len(vectors_nd)
+
+    def finish(self) -> np.ndarray:
+        return np.concatenate(self.parts) if self.whole_nd is None else self.whole_nd[: self.done]
+
+    def close(self) -> None:
+        pass
+
+
+class VectorFile:
+    """Vectors in a .npy file, which is there when all are. Until then they lie in a folder beside it.
+
+    Args:
+        path: of the file; an older one stays until the new one is whole.
+        how: what is asked for.
+        identity: what the vectors depend on.
+
+    Attributes:
+        done: texts whose vectors are there, from an interrupted encoding too.
+
+    Raises:
+        EncoderError: the folder is of another encoding, or another process works in it.
+        DataError: the vectors in it are damaged.
+    """
+
+    def __init__(self, path: Path, how: How, identity: dict[str, str | int]) -> None:
+        self.path, self.identity = path, identity
+        self.folder = path.with_name(path.name + ".partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state, self.lock = self.folder / "state.json", open(self.folder / "lock", "a")  # noqa: SIM115 - closed below
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
+            raise EncoderError(f"another process is writing {path}") from None
+        found = json.loads(self.state.read_text(encoding="utf-8")) if self.state.exists() else {}
+        if found and found["identity"] != identity:
+            self.lock.close()
+            other = ", ".join(k for k in identity if found["identity"].get(k) != identity[k])
+            raise EncoderError(
+                f"{self.folder} holds vectors of an interrupted encoding that differs in {other}; delete it, or write "
+                "to another file"
+            )
+        self.done, self.before, self.noted = found.get("texts", 0), found.get("before", ""), monotonic()
+        self.array = GrowingArray(self.folder / "vectors.npy", how.dtype, how.dimensions)
+        self.array.restore(found.get("array"))
+        self.under_way: deque[str] = deque()
+
+    def left(self, pieces: Iterator[list[str]]) -> Iterator[list[str]]:
+        """The pieces that are not done; those that are must be the texts that they were."""
+        passed, chain = 0, ""
+        while passed < self.done:
+            piece = next(pieces, [])
+            passed, chain = passed + len(piece), _chained(chain, piece)
+            if not piece or (passed >= self.done and (passed, chain) != (self.done, self.before)):
+                raise EncoderError(
+                    f"the texts are not those of the interrupted encoding in {self.folder}, of which {self.done:,} are "
+                    "done; delete it to begin anew"
+                )
+        for piece in pieces:
+            chain = _chained(chain, piece)
+            self.under_way.append(chain)
+            yield piece
+
+    def append(self, vectors_nd: np.ndarray) -> None:
+        """The vectors of the next piece."""
+        self.array.append(vectors_nd)
+        self.done, self.before = self.done + len(vectors_nd), self.under_way.popleft()
+        if monotonic() - self.noted > SECONDS:
+            self._note()
+
+    def finish(self) -> np.ndarray:
+        """The file, mapped into memory."""
+        self.array.finish()
+        self.array.path.rename(self.path)
+        self._remove()
+        sync_folder(self.path.parent)
+        return np.load(self.path, mmap_mode="r" if self.done else None)
+
+    def close(self) -> None:
+        """Let go of the file; what was begun can be gone on with."""
+        if self.folder.exists() and self.done:
+            with suppress(OSError):  # a full disk, for one: the last note holds
+                self._note()
+        elif self.folder.exists():
+            self._remove()
+        self.array.close()
+        self.lock.close()
+
+    def _note(self) -> None:
+        """Write down what is done."""
+        self.array.sync()
+        note = {"identity": self.identity, "texts": self.done, "before": self.before, "array": self.array.state()}
+        write_whole(self.state, json.dumps(note))
+        self.noted = monotonic()
+
+    def _remove(self) -> None:
+        for name in ("vectors.npy", "state.json", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
+
+
+def _check(encoder: Encoder, texts: Iterable[str], how: How, devices: Sequence[str] | None, out: Path | None) -> None:
+    if isinstance(texts, str | bytes):
+        raise EncoderError("texts is one string; give a list of them: [text]")
+    if not 1 <= how.dimensions <= encoder.dimension:
+        raise EncoderError(f"dimensions is {how.dimensions}; the encoder has {encoder.dimension}")
+    if how.batch_tokens < 1:
+        raise EncoderError(f"batch_tokens is {how.batch_tokens}; it must be at least 1")
+    if how.dtype not in ("float32", "float16"):
+        raise EncoderError(f"dtype is {how.dtype}; it can be float32 or float16")
+    if out is not None and out.suffix != ".npy":
+        raise EncoderError(f"out is {out}; its name must end in .npy")
+    if isinstance(devices, str):
+        raise EncoderError(f'devices is "{devices}"; give a list, one entry per process: ["cuda:0", "cuda:1"]')
+    for name in devices or ():
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise EncoderError(f"devices: {name!r}: {str(error).splitlines()[0]}") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise EncoderError(f"devices: {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
+    source, begin = iter(texts), 0
+    while piece := list(islice(source, PIECE)):
+        for i, text in enumerate(piece, begin):
+            if not isinstance(text, str):
+                raise EncoderError(f"text {i} is of type {type(text).__name__}, not a string")
+        yield piece
+        begin += len(piece)
+
+
+def _chained(before: str, piece: list[str]) -> str:
+    """A hash of these texts and all before."""
+    state = xxhash.xxh3_128(before.encode())
+    for text in piece:
+        raw = text.encode("utf-8", "surrogatepass")
+        state.update(len(raw).to_bytes(8, "little"))
+        state.update(raw)
+    return state.hexdigest()
+
+
+def _here(encoder: Encoder, pieces: Iterator[list[str]], how: How, bar: tqdm) -> Iterator[np.ndarray]:
+    """The vectors of each piece; the next one is tokenised meanwhile."""
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(1) as threads:
+        for piece in pieces:
+            ahead.append(threads.submit(_packed, encoder, piece, how))
+            if len(ahead) == 2:
+                yield _embedded(encoder, ahead.popleft().result(), how, bar)
+        while ahead:
+            yield _embedded(encoder, ahead.popleft().result(), how, bar)
+
+
+def _packed(encoder: Encoder, piece: list[str], how: How) -> list[MicroBatch]:
+    tokens, offsets = encoder.tokenise(piece, how.prompt)
+    return pack(np.arange(len(piece)), tokens, offsets, how.batch_tokens)
+
+
+@torch.inference_mode()
+def _embedded(encoder: Encoder, micro_batches: list[MicroBatch], how: How, bar: tqdm | None = None) -> np.ndarray:
+    """The vectors of a piece's micro-batches, in the order of its texts."""
+    texts, tokens = sum(len(m.index) for m in micro_batches), sum(len(m.tokens) for m in micro_batches)
+    device = encoder.device
+    out_nd = torch.empty(texts, how.dimensions, device=device, dtype=getattr(torch, how.dtype))
+    for micro in micro_batches:
+        vectors_nd = encoder(torch.from_numpy(micro.tokens).to(device), torch.from_numpy(micro.cu_seqlens))
+        if how.dimensions < encoder.dimension:
+            vectors_nd = torch.nn.functional.normalize(vectors_nd[:, : how.dimensions], dim=-1)
+        out_nd[torch.from_numpy(micro.index).to(device)] = vectors_nd.to(out_nd.dtype)
+        if bar is not None:
+            bar.update(texts * len(micro.tokens) / tokens)
+    return out_nd.cpu().numpy()
+
+
+def _in_processes(
+    encoder: Encoder, devices: Sequence[str], pieces: Iterator[list[str]], how: How, bar: tqdm
+) -> Iterator[np.ndarray]:
+    """As `_here`, by a process on each device, which gets the encoder as an exported folder."""
+    from hbt_fast.encoder.export import export
+
+    share = str(max(1, len(os.sched_getaffinity(0)) // len(devices)))
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    environment = dict.fromkeys(threads, share) | {"PYTHONPATH": os.pathsep.join(paths)}
+    died = "a process that encodes ended with status {status} (-9: killed, perhaps for memory); its output says why"
+    with TemporaryDirectory(prefix="hbt-encode-") as folder:
+        export(encoder, folder)
+        setup = {"folder": folder, "weights": _name(next(encoder.parameters()).dtype), **asdict(how)}
+        setup["autocast"] = encoder.autocast and _name(encoder.autocast)
+        command = (sys.executable, "-m", "hbt_fast.encoder.worker")
+        workers = Workers([((*command, str(device)), environment) for device in devices], setup, died)
+        try:
+            with closing(workers.map(pieces)) as answers:
+                for answer in answers:
+                    vectors_nd = answer["vectors"].reshape(-1, how.dimensions)
+                    bar.update(len(vectors_nd))
+                    yield vectors_nd
+        except (RowError, DataError) as error:
+            raise EncoderError(str(error)) from None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
