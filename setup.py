@@ -107,6 +107,7 @@ setup(
             "hbt-estimate = hbt_fast.estimate:main",
             "hbt-mine = hbt_fast.mine:main",
             "hbt-lexicon = hbt_fast.lexicon:main",
+            "hbt-encode = hbt_fast.encode:main",
             "hbt-evaluate = hbt_fast.evaluate:main",
             "hbt-report = hbt_fast.report:main",
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hbt_fast.data.rows import DataError
-from hbt_fast.encoder.pooling import POOLINGS
+from hbt_fast.encode import add_encoder_arguments, load_encoder
 
 DEFAULT_PROMPTS = ("Query: ", "Passage: ")  # the prefixes of arXiv 2408.10536
 
@@ -23,21 +23,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hbt_fast.evaluate", description="mAP (Mo, Cr, Mul) and rank distance of a dense retriever."
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of an exported model, or a name on the hub")
+    add_encoder_arguments(parser)
     parser.add_argument("--task", default="xquad-r", choices=["xquad-r", "mlqa-r"])
     parser.add_argument("--data", required=True, metavar="DIR", help="LAReQA folder with one <language>.json each")
     parser.add_argument("--query-prompt", help="default: the one recorded with the model, else 'Query: '")
     parser.add_argument("--passage-prompt", help="default: the one recorded with the model, else 'Passage: '")
-    parser.add_argument("--pooling", choices=POOLINGS, help="default: the one recorded with the model")
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens per text")
     parser.add_argument("--context", action="store_true", help="append the paragraph to each candidate sentence")
     parser.add_argument("--languages", metavar="en,de,..", help="evaluate on these languages only")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where ranks and search run")
+    parser.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one"
+    )
     parser.add_argument("--before", type=Path, metavar="FILE.json", help="earlier results to show beside these")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write JSON here, .md and .png beside it")
     args = parser.parse_args(argv)
-    if args.max_length is not None and args.max_length < 1:
-        parser.error(f"--max-length must be at least 1, not {args.max_length}")
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out must end in .json (the .md and .png go beside it), not {args.out}")
     return args
@@ -81,20 +79,7 @@ def choose_prompts(args: argparse.Namespace) -> tuple[tuple[str, str], list[str]
     return (chosen[0], chosen[1]), lines
 
 
-def load_encoder(args: argparse.Namespace) -> Any:
-    """The encoder that the command line names."""
-    from hbt_fast.encoder import Encoder
-
-    options = {"pooling": args.pooling}
-    if args.max_length is not None:
-        options["max_length"] = args.max_length
-    try:
-        return Encoder.from_pretrained(args.model, **options)
-    except ValueError as error:  # a broken config, an unknown architecture: the user's to mend, no traceback needed
-        raise DataError(f"cannot load model {args.model}: {error}") from error
-
-
-def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace], Any] = load_encoder) -> int:
+def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, str], Any] = load_encoder) -> int:
     """Runs the program; returns its exit status: 0, or 2 after a message on stderr for what the user can put right."""
     args = parse(argv)
     import torch
@@ -107,6 +92,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace],
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise DataError("--device cuda, but torch sees no GPU; take --device cpu or auto")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         languages = args.languages.split(",") if args.languages else None
         load_task = tasks.xquad_r if args.task == "xquad-r" else tasks.mlqa_r
         # Cheap checks first: nobody should wait for a model to learn that a path is wrong.
@@ -116,7 +102,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace],
         print(f"{task.name}: {len(task.queries):,} queries, {len(task.candidates):,} candidates, {task.languages}")
         print("\n".join(lines))
         results = evaluate(
-            load(args), task, query_prompt, passage_prompt, model=str(args.model), device=args.device,
+            load(args, device), task, query_prompt, passage_prompt, model=str(args.model), device=args.device,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
         print(f"\n{results.to_markdown()}")

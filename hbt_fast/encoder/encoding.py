@@ -264,7 +264,19 @@ def _check(encoder: Encoder, texts: Iterable[str], how: How, devices: Sequence[s
         raise EncoderError(f"out is {out}; its name must end in .npy")
     if isinstance(devices, str):
         raise EncoderError(f'devices is "{devices}"; give a list, one entry per process: ["cuda:0", "cuda:1"]')
-    for name in devices or ():
+    check_devices(devices or ())
+
+
+def check_devices(names: Iterable[str]) -> None:
+    """See that torch has these devices.
+
+    Args:
+        names: such as "cuda:1" or "cpu".
+
+    Raises:
+        EncoderError: it does not.
+    """
+    for name in names:
         try:
             device = torch.device(name)
         except RuntimeError as error:

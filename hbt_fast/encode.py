@@ -1,0 +1,154 @@
+"""The encoding program: ``python -m hbt_fast.encode MODEL corpus.jsonl --field text --as passage --out corpus.npy``.
+
+Writes one vector per text as a .npy file, in the order of the texts; started again after an interruption it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hbt_fast.data.rows import DataError
+from hbt_fast.encoder.pooling import POOLINGS
+
+if TYPE_CHECKING:
+    import torch
+
+    from hbt_fast.encoder import Encoder
+
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `load_encoder` reads."""
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a name on the hub")
+    parser.add_argument("--pooling", choices=POOLINGS, help="default: the one recorded with the model, else mean")
+    parser.add_argument("--max-length", type=_at_least_one, metavar="N", help="tokens per text")
+    precision = "of weights and products; auto: bf16 where the device computes in it, else fp32"
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help=precision)
+
+
+def load_encoder(args: argparse.Namespace, device: str) -> Encoder:
+    """The encoder that the command line names, on the device, in evaluation mode.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    import torch
+
+    from hbt_fast.encoder import Encoder
+
+    try:
+        encoder = Encoder.from_pretrained(args.model, pooling=args.pooling, max_length=args.max_length)
+    except ValueError as error:  # a broken config, an unknown architecture: the user's to mend, no traceback needed
+        raise DataError(f"cannot load model {args.model}: {error}") from error
+    auto = args.precision == "auto"
+    return encoder.to(device, native_dtype(device) if auto else getattr(torch, PRECISIONS[args.precision])).eval()
+
+
+def native_dtype(device: str) -> torch.dtype:
+    """bfloat16 where a device's matrix products have it in hardware, else float32.
+
+    Args:
+        device: as torch names it, "cuda:1" or "cpu".
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as a namespace; exits with 2 and a message where it is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m hbt_fast.encode", description="Texts to vectors.")
+    add_encoder_arguments(parser)
+    files = "texts, one a line, or JSON Lines with --field; may be .gz, a glob, or zip://MEMBER::ARCHIVE"
+    parser.add_argument("files", nargs="+", metavar="FILE", help=files)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npy", help="what to write")
+    field = "the files are JSON Lines, this field is the text; more than one are joined by a space (--field title ...)"
+    parser.add_argument("--field", action="append", help=field)
+    before = parser.add_mutually_exclusive_group(required=True)
+    before.add_argument(
+        "--as", choices=["query", "passage"], dest="kind", help="put the model's own prompt before them"
+    )
+    before.add_argument("--prompt", help='put this before every text; "" for nothing')
+    parser.add_argument("--batch-tokens", type=_at_least_one, default=8192, metavar="N", help="tokens per forward pass")
+    parser.add_argument("--dimensions", type=_at_least_one, metavar="N", help="keep the first N, normalised again")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="of the vectors")
+    parser.add_argument("--devices", metavar="cuda:0,cuda:1", help="a process on each; default: all GPUs, else one")
+    return parser.parse_args(argv)
+
+
+def texts_of(files: Sequence[str], fields: Sequence[str] | None) -> Iterator[str]:
+    """The texts of files, one after the other.
+
+    Args:
+        files: see `hbt_fast.data.sources.expand`.
+        fields: of JSON Lines; None: every line is a text.
+
+    Raises:
+        DataError: names file and line.
+    """
+    from hbt_fast.data.formats import lines, records
+    from hbt_fast.data.sources import Problems, expand
+
+    for path in (path for name in files for path in expand(name)):
+        if not fields:
+            yield from (text for _, text in lines(path))
+            continue
+        for where, record in records(path, Problems(False, [])):
+            parts = [record[field] for field in fields if record.get(field)]
+            if not parts or not all(isinstance(part, str) for part in parts):
+                have = ", ".join(record)
+                raise DataError(f"{where}: no text in field {' or '.join(fields)}; the fields are: {have}")
+            yield " ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status: 0, or 2 after a message on stderr for what the user can put right."""
+    args = parse(argv)
+    import torch
+
+    from hbt_fast.encoder.encoding import check_devices
+
+    try:
+        # a wrong path is said before a model is loaded, and a broken first line
+        next(texts_of(args.files, args.field), None)
+        devices = args.devices.split(",") if args.devices else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        check_devices(devices)
+        device = devices[0] if len(devices) == 1 else "cpu"
+        encoder = load_encoder(args, device)
+        if len(devices) > 1 and args.precision == "auto":
+            encoder.to(native_dtype(devices[0]))
+        started = time.perf_counter()
+        vectors_nd = encoder.encode(
+            texts_of(args.files, args.field),
+            encoder.prompts[args.kind] if args.kind else args.prompt,
+            batch_tokens=args.batch_tokens,
+            dimensions=args.dimensions,
+            dtype=args.dtype,
+            devices=devices if len(devices) > 1 else None,
+            out=args.out,
+            progress=sys.stderr.isatty(),
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (count, dimensions), took = vectors_nd.shape, time.perf_counter() - started
+    print(f"{args.out}: {count:,} vectors of {dimensions} dimensions, {args.dtype}; {count / took:,.0f} texts/s")
+    return 0
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

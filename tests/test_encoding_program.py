@@ -1,0 +1,83 @@
+"""`python -m hbt_fast.encode` writes the vectors of files of texts."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hbt_fast import encode
+from hbt_fast.encoder import Encoder
+from hbt_fast.encoder.export import export
+
+LINES = ["en the red blue 7", "", "fr the old new", "de which green"]
+
+
+@pytest.fixture
+def model(make_encoder, tmp_path):
+    encoder = make_encoder()
+    encoder.prompts = {"query": "Q: ", "passage": "P: "}
+    return export(encoder, tmp_path / "model")
+
+
+def test_every_line_is_a_text(model, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(LINES[:2]) + "\n", encoding="utf-8")
+    with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(LINES[2:]))
+    out = tmp_path / "v.npy"
+    assert (
+        encode.main(
+            [str(model), str(tmp_path / "a.txt"), str(tmp_path / "b.txt.gz"), "--as", "query", "--out", str(out)]
+        )
+        == 0
+    )
+    np.testing.assert_array_equal(np.load(out), Encoder.from_pretrained(model).encode(LINES, "Q: "))
+    assert f"{out}: 4 vectors of 32 dimensions, float32; " in capsys.readouterr().out
+
+
+def test_fields_of_json_lines_are_joined(model, tmp_path):
+    rows = [{"id": 1, "title": "red", "text": "blue"}, {"id": 2, "title": "", "text": "green"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = tmp_path / "v.npy"
+    command = [sys.executable, "-m", "hbt_fast.encode", str(model), str(tmp_path / "*.jsonl"), "--out", str(out)]
+    options = ["--field", "title", "--field", "text", "--prompt", "x: ", "--dimensions", "8", "--dtype", "float16"]
+    subprocess.run([*command, *options], check=True, timeout=200)
+    expected = Encoder.from_pretrained(model).encode(["red blue", "green"], "x: ", dimensions=8, dtype="float16")
+    np.testing.assert_array_equal(np.load(out), expected)
+
+
+def test_devices_and_precision(model, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(LINES), encoding="utf-8")
+    out = tmp_path / "v.npy"
+    options = ["--as", "passage", "--precision", "bf16", "--devices", "cpu,cpu", "--out", str(out)]
+    assert encode.main([str(model), str(tmp_path / "a.txt"), *options]) == 0
+    whole = Encoder.from_pretrained(model).encode(LINES, "P: ")
+    assert 0 < np.abs(np.load(out) - whole).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (None, [], "corpus.jsonl: no such file"),
+        ('{"text": "red"}\n{"title": "x"}', ["--field", "text"], "corpus.jsonl:2: no text in field text; the fields"),
+        ('{"text": 3}', ["--field", "text"], "corpus.jsonl:1: no text in field text"),
+        ("not json", ["--field", "text"], "corpus.jsonl:1: not JSON"),
+        ("red", ["--dimensions", "64"], "dimensions is 64; the encoder has 32"),
+        ("red", ["--devices", "tpu"], "devices: 'tpu': "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(model, tmp_path, capsys, text, options, message):
+    if text is not None:
+        (tmp_path / "corpus.jsonl").write_text(text, encoding="utf-8")
+    arguments = [str(model), str(tmp_path / "corpus.jsonl"), "--prompt", "", "--out", str(tmp_path / "v.npy"), *options]
+    assert encode.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("v.npy*"))
+
+
+def test_a_prompt_must_be_chosen(capsys):
+    with pytest.raises(SystemExit):
+        encode.parse(["model", "file", "--out", "v.npy"])
+    assert "one of the arguments --as --prompt is required" in capsys.readouterr().err
