@@ -145,7 +145,7 @@ def test_report_writes_three_files(results, tmp_path, with_before):
 def test_program_prints_and_writes(folder, tmp_path, capsys):
     out = tmp_path / "out.json"
     status = program.main(
-        [str(tmp_path), "--data", str(folder), "--out", str(out), "--device", "cpu"], lambda args: WordEncoder()
+        [str(tmp_path), "--data", str(folder), "--out", str(out), "--device", "cpu"], lambda args, device: WordEncoder()
     )
     printed = capsys.readouterr().out
     results = Results.from_json(out.read_text())
@@ -182,14 +182,14 @@ def test_prompts_come_from_the_command_line_then_the_model_then_the_paper(tmp_pa
 )
 def test_program_ends_with_a_message_and_2(folder, capsys, flags, message):
     flags = [flag.replace("DATA", str(folder)) for flag in flags]
-    assert program.main(["some-model", *flags], lambda args: WordEncoder()) == 2
+    assert program.main(["some-model", *flags], lambda args, device: WordEncoder()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
 
 
 def test_program_names_a_bad_encoder_and_a_bad_model(folder, tmp_path, capsys):
-    assert program.main(["m", "--data", str(folder)], lambda args: WordEncoder(break_text="de one.")) == 2
+    assert program.main(["m", "--data", str(folder)], lambda args, device: WordEncoder(break_text="de one.")) == 2
     assert "hold NaN" in capsys.readouterr().err
     assert program.main([str(tmp_path / "no-model"), "--data", str(folder)]) == 2
     assert "no-model" in capsys.readouterr().err
