@@ -82,6 +82,8 @@ class LossConfig:
         symmetric: add the passage-to-query half.
         duplicates: what a passage with the positive's content id is: mask leaves it out, positive counts it as one.
         false_negative_margin: leave out negatives whose cosine exceeds the positive's by more than this.
+        matryoshka_dimensions: as [256, 128, 64]: the same loss of the first so many dimensions, normalised again, is
+            added for each (arXiv 2205.13147), so that embeddings can be cut to these.
         variance_weight: weight of the negative-variance regulariser (arXiv 2506.09781); 0 is off.
         backend: auto, or one of the loss's backends.
     """
@@ -92,6 +94,7 @@ class LossConfig:
     symmetric: bool = False
     duplicates: Literal["mask", "positive"] = "mask"
     false_negative_margin: float | None = None
+    matryoshka_dimensions: list[int] = field(default_factory=list)
     variance_weight: float = 0.0
     backend: str = "auto"
 

@@ -36,6 +36,7 @@ from hbt_fast.engine.evaluator import Evaluator, spread
 from hbt_fast.engine.guard import DivergedError, SkippedSteps
 from hbt_fast.engine.launch import World, lost_a_rank, make_engine, start
 from hbt_fast.engine.loop import train_steps
+from hbt_fast.engine.objective import check_loss
 from hbt_fast.engine.runlog import AFTER, DURING, RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.signals import StoppedError
@@ -91,6 +92,7 @@ def train(config: Config) -> Path:
     planner = make_planner(store, config)
     rewrite = make_rewrite(store, tokenizer, config, log)
     towers = build(config, tokenizer, world.autocast)
+    check_loss(config.loss, towers.queries.dimension)
     identity = {**planner.identity, **(rewrite.identity if rewrite else {}), "steps": config.train.steps}
     if frozen := towers.frozen():
         identity["frozen weights"] = weights_checksum(frozen)

@@ -190,3 +190,36 @@ def test_a_learned_scale_stays_below_its_limit_and_can_come_back():
         assert np.sign(float(leaf.grad)) == sign
     assert gradient(easy, 60.0) == (0.0, pytest.approx(1 / 50))
     assert gradient(hard, 60.0)[0] > 0
+
+
+def test_matryoshka_is_the_sum_of_the_losses_of_first_dimensions():
+    from test_adaptive_caching import ALONE
+
+    from hbt_fast.config import LossConfig
+    from hbt_fast.engine.objective import Objective
+
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(14, 12, generator=generator, dtype=torch.float64), dim=1)
+    leaf, scale = embeddings.clone().requires_grad_(), torch.tensor([15.0], dtype=torch.float64).log().requires_grad_()
+    expected = 0
+    for first in (leaf, *(torch.nn.functional.normalize(leaf[:, :m], dim=1) for m in (6, 2))):
+        expected = expected + torch.nn.functional.cross_entropy(first[:5] @ first[5:].T * scale.exp(), torch.arange(5))
+    expected.backward()
+    objective = Objective(LossConfig(matryoshka_dimensions=[6, 2]), ALONE, 5, torch.arange(9))
+    result = objective(embeddings, scale.detach())
+    torch.testing.assert_close(result.loss, expected.detach())
+    torch.testing.assert_close(result.embeddings, leaf.grad)
+    torch.testing.assert_close(result.log_scale, scale.grad)
+
+
+def test_embeddings_trained_for_it_can_be_cut(folder, monkeypatch, capsys):
+    made = run(
+        folder, "matryoshka", "loss.matryoshka_dimensions=[16, 8]", "train.learning_rate=0.003", patch=monkeypatch
+    )
+    plain = run(folder, "plain-fast", "train.learning_rate=0.003", patch=monkeypatch)
+    a, b = (read_metrics(path / "metrics.jsonl")[1]["loss"] for path in (made, plain))
+    assert a > 2 * b  # three losses
+    assert Encoder.from_pretrained(made / "model").encode(TEXTS, dimensions=8).shape == (len(TEXTS), 8)
+    with pytest.raises(SystemExit):
+        run(folder, "wide", "loss.matryoshka_dimensions=[64, 32]", patch=monkeypatch)
+    assert "loss.matryoshka_dimensions has 64; write numbers from 1 to" in capsys.readouterr().err

@@ -230,6 +230,7 @@ def test_every_loss_setting_trains(store):
         LossConfig(duplicates="positive"),
         LossConfig(false_negative_margin=0.1),
         LossConfig(variance_weight=30.0),
+        LossConfig(matryoshka_dimensions=[16, 8]),
         LossConfig(temperature=0.01, backend="torch-chunked"),
     ):
         config = replace(settings(learning_rate=1e-3), loss=loss)

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from hbt_fast.engine.backends import SettingError
 from hbt_fast.loss import info_nce_with_grad, negative_variance
 
 if TYPE_CHECKING:
     from hbt_fast.config import LossConfig
     from hbt_fast.engine.launch import World
+    from hbt_fast.loss.interface import InfoNCEGrad
 
 ACCURACY_ROWS = 1024
 
@@ -63,7 +66,29 @@ class Objective:
         if log_scale is not None:
             scale = log_scale.detach().exp().clamp(max=settings.max_scale).reshape(())
         self.temperature = 1 / float(scale)
-        result = info_nce_with_grad(
+        result = self._info_nce(q_Nd, p_Md, scale)
+        loss, gradient_nd = result.loss, torch.cat([result.queries, result.passages])
+        scale_gradient = result.scale
+        for dimensions in settings.matryoshka_dimensions:
+            with torch.enable_grad():
+                leaf_nd = embeddings_nd.detach().requires_grad_()
+                first_nm = F.normalize(leaf_nd[:, :dimensions], dim=-1)
+            result = self._info_nce(*first_nm.detach().tensor_split([n]), scale)
+            gradient_nm = torch.cat([result.queries, result.passages])
+            loss, scale_gradient = loss + result.loss, scale_gradient + result.scale
+            gradient_nd = gradient_nd + torch.autograd.grad(first_nm, leaf_nd, gradient_nm)[0]
+        if weight := settings.variance_weight:
+            with torch.enable_grad():
+                leaf_nd = embeddings_nd.detach().requires_grad_()
+                extra = negative_variance(leaf_nd[:n], leaf_nd[n : 2 * n], group=self.world.group)
+            loss = loss + weight * extra.detach()
+            gradient_nd = gradient_nd + weight * torch.autograd.grad(extra, leaf_nd)[0]
+        self.accuracy = in_batch_accuracy(q_Nd, p_Md, self.world)
+        return LossGradient(loss, gradient_nd, self._log_scale_gradient(log_scale, scale, scale_gradient))
+
+    def _info_nce(self, q_Nd: Tensor, p_Md: Tensor, scale: Tensor | float) -> InfoNCEGrad:
+        settings = self.settings
+        return info_nce_with_grad(
             q_Nd,
             p_Md,
             scale=scale,
@@ -74,15 +99,6 @@ class Objective:
             group=self.world.group,
             backend=settings.backend,
         )
-        loss, gradient_nd = result.loss, torch.cat([result.queries, result.passages])
-        if weight := settings.variance_weight:
-            with torch.enable_grad():
-                leaf_nd = embeddings_nd.detach().requires_grad_()
-                extra = negative_variance(leaf_nd[:n], leaf_nd[n : 2 * n], group=self.world.group)
-            loss = loss + weight * extra.detach()
-            gradient_nd = gradient_nd + weight * torch.autograd.grad(extra, leaf_nd)[0]
-        self.accuracy = in_batch_accuracy(q_Nd, p_Md, self.world)
-        return LossGradient(loss, gradient_nd, self._log_scale_gradient(log_scale, scale, result.scale))
 
     def _log_scale_gradient(self, log_scale: Tensor | None, scale: Tensor | float, gradient: Tensor) -> Tensor | None:
         """d loss / d log scale. At the largest scale only what would lower it again."""
@@ -91,6 +107,23 @@ class Objective:
         gradient = (gradient * scale).reshape(1).to(log_scale.dtype)
         at_most = log_scale.detach() >= math.log(self.settings.max_scale)
         return torch.where(at_most, gradient.clamp(min=0), gradient)
+
+
+def check_loss(settings: LossConfig, dimension: int) -> None:
+    """See that the settings can be met by embeddings of so many dimensions.
+
+    Args:
+        settings: of the loss.
+        dimension: of the embeddings.
+
+    Raises:
+        SettingError: they cannot.
+    """
+    for m in settings.matryoshka_dimensions:
+        if not 0 < m < dimension:
+            raise SettingError(
+                f"loss.matryoshka_dimensions has {m}; write numbers from 1 to {dimension - 1}, as [64, 32]"
+            )
 
 
 def in_batch_accuracy(q_Nd: Tensor, p_Md: Tensor, world: World) -> float:
