@@ -7,14 +7,8 @@ from pathlib import Path
 
 import torch
 
-from hbt_fast.encoder.model import RECORDED, Encoder
-
-# the module paths that sentence-transformers 3 to 6 understand
-MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-]
+from hbt_fast.encoder.model import Encoder
+from hbt_fast.encoder.modules import RECORDED
 
 
 def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> Path:
@@ -26,8 +20,7 @@ def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] 
         state: parameters by the encoder's names, where the module's own are not whole (ZeRO-3 shards them).
     """
     folder = Path(folder)
-    (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
-    (folder / "2_Normalize").mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = None
     if state is not None:
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -35,15 +28,45 @@ def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] 
     encoder.tokenizer.save_pretrained(folder)
     prompts = {**encoder.prompts, "document": encoder.prompts["passage"]}
     pooling = {
-        "word_embedding_dimension": encoder.dimension,
+        "word_embedding_dimension": encoder.model.config.hidden_size,
         **{flag: encoder.pooling == name for name, (_, flag) in RECORDED.items()},
         "include_prompt": True,
     }
-    for name, content in {
-        "modules.json": MODULES,
+    files = {
         "sentence_bert_config.json": {"max_seq_length": encoder.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {"prompts": prompts, "similarity_fn_name": "cosine"},
         "1_Pooling/config.json": pooling,
-    }.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    }
+    paths = ["", "1_Pooling"]
+    for i in range(0, len(encoder.dense or ()), 2):
+        paths.append(f"{len(paths)}_Dense")
+        files[f"{paths[-1]}/config.json"] = _write_dense(encoder, i, folder / paths[-1], state)
+    paths.append(f"{len(paths)}_Normalize")
+    (folder / paths[-1]).mkdir(exist_ok=True)
+    kinds = ["Transformer", *(path[2:] for path in paths[1:])]
+    files["modules.json"] = [  # sentence-transformers 3 to 6 understand these types
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(zip(paths, kinds, strict=True))
+    ]
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
+
+
+def _write_dense(encoder: Encoder, i: int, folder: Path, state: dict[str, torch.Tensor] | None) -> dict:
+    """Write the weights of layer i of `encoder.dense`; what is returned describes it and the activation after it."""
+    from safetensors.torch import save_file
+
+    linear, activation = encoder.dense[i], type(encoder.dense[i + 1])
+    own = {f"dense.{i}.{name}": p for name, p in linear.named_parameters()} if state is None else state
+    weights = {name: own[f"dense.{i}.{name}"].detach().cpu().contiguous() for name, _ in linear.named_parameters()}
+    folder.mkdir(exist_ok=True)
+    save_file({f"linear.{name}": w for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+        "activation_function": f"{activation.__module__}.{activation.__name__}",
+    }

@@ -5,7 +5,6 @@ Shape legend: n texts, T tokens in all, L tokens of the longest, d embedding dim
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -26,12 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPTS = {"query": "Query: ", "passage": "Passage: "}
-RECORDED = {  # by sentence-transformers: its name of the pooling, and the switch that older ones have
-    "mean": ("mean", "pooling_mode_mean_tokens"),
-    "cls": ("cls", "pooling_mode_cls_token"),
-    "last": ("lasttoken", "pooling_mode_lasttoken"),
-    "weighted_mean": ("weightedmean", "pooling_mode_weightedmean_tokens"),
-}
 
 
 class EncoderError(ValueError):
@@ -48,6 +41,7 @@ class Encoder(nn.Module):
         max_length: tokens per text in `encode`, special tokens included.
         prompts: what to put before texts: {"query": ..., "passage": ...}.
         autocast: dtype of the matrix products (torch.bfloat16 on GPUs), or None for the weights' own.
+        dense: nn.Linear and activation in turns, between pooling and normalisation; None: nothing.
 
     Attributes:
         packs: whether texts go through the model without padding.
@@ -62,12 +56,16 @@ class Encoder(nn.Module):
         max_length: int = 512,
         prompts: dict[str, str] | None = None,
         autocast: torch.dtype | None = None,
+        dense: nn.Sequential | None = None,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
             raise EncoderError(f"model.pooling is {pooling!r}; write one of {', '.join(POOLINGS)}")
+        if dense is not None and dense[0].in_features != (width := model.config.hidden_size):
+            raise EncoderError(f"dense takes {dense[0].in_features} dimensions, and the model's vectors have {width}")
         self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
         self.max_length, self.prompts, self.autocast = max_length, dict(prompts or PROMPTS), autocast
+        self.dense = dense
         self.packs = packed.can_pack(model)
         if self.packs:
             packed.prepare(model)
@@ -88,8 +86,8 @@ class Encoder(nn.Module):
         """Load a Hugging Face or sentence-transformers checkpoint, from a folder or by its hub name.
 
         Weights come as float32 whatever the checkpoint's dtype; only safetensors are read and no code of the
-        checkpoint is run. What is not given (pooling, length limit, prompts) is taken from the folder's
-        sentence-transformers files, else: mean, 512, "Query: " and "Passage: ".
+        checkpoint is run. What is not given (pooling, length limit, prompts) is taken from the checkpoint's
+        sentence-transformers files, else: mean, 512, "Query: " and "Passage: ". Dense layers come from there alone.
 
         Args:
             path: checkpoint folder or hub name.
@@ -100,13 +98,15 @@ class Encoder(nn.Module):
             autocast: see the class.
 
         Raises:
-            EncoderError: no such checkpoint, no safetensors, or no fast tokenizer.
+            EncoderError: no such checkpoint, no safetensors, no fast tokenizer, or modules that are not supported.
         """
         from transformers import AutoConfig, AutoModel
 
+        from hbt_fast.encoder.modules import read_recorded
+
         path = str(path)
         tokenizer = load_tokenizer(path)
-        recorded = _sentence_transformers_settings(Path(path))
+        recorded = read_recorded(path)
         try:
             config = AutoConfig.from_pretrained(path)
             for name, value in vars(config).items():
@@ -121,16 +121,17 @@ class Encoder(nn.Module):
         return cls(
             model,
             tokenizer,
-            pooling=pooling or recorded.get("pooling", "mean"),
-            max_length=max_length or recorded.get("max_length", min(512, tokenizer.model_max_length)),
-            prompts=prompts or recorded.get("prompts"),
+            pooling=pooling or recorded.pooling or "mean",
+            max_length=max_length or recorded.max_length or min(512, tokenizer.model_max_length),
+            prompts=prompts or recorded.prompts,
             autocast=autocast,
+            dense=recorded.dense,
         )
 
     @property
     def dimension(self) -> int:
         """Embedding dimensions d."""
-        return self.model.config.hidden_size
+        return self.model.config.hidden_size if self.dense is None else self.dense[-2].out_features
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +156,8 @@ class Encoder(nn.Module):
             else:
                 hidden_Td = self._padded(tokens, sequences)
         pooled_nd = pool(hidden_Td, sequences.cu_seqlens, sequences.text_T, self.pooling)
+        if self.dense is not None:
+            pooled_nd = self.dense(pooled_nd.to(self.dense[0].weight.dtype)).to(pooled_nd.dtype)
         return nn.functional.normalize(pooled_nd, dim=-1)
 
     def _padded(self, tokens: Tensor, sequences: Sequences) -> Tensor:
@@ -241,25 +244,3 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
     return tokenizer
-
-
-def _sentence_transformers_settings(folder: Path) -> dict:
-    """Pooling, length limit and prompts that a sentence-transformers folder records."""
-    found = {}
-    if (path := folder / "1_Pooling" / "config.json").is_file():
-        pooling = json.loads(path.read_text(encoding="utf-8"))
-        modes = [
-            name for name, (mode, flag) in RECORDED.items() if pooling.get("pooling_mode") == mode or pooling.get(flag)
-        ]
-        if len(modes) != 1:
-            raise EncoderError(f"{path}: a pooling that is not supported; it can be one of {', '.join(POOLINGS)}")
-        found["pooling"] = modes[0]
-    if (path := folder / "sentence_bert_config.json").is_file():
-        length = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
-        found |= {"max_length": length} if length else {}
-    if (path := folder / "config_sentence_transformers.json").is_file():
-        prompts = json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}
-        passage = prompts.get("passage", prompts.get("document"))
-        if "query" in prompts and passage is not None:
-            found["prompts"] = {"query": prompts["query"], "passage": passage}
-    return found
