@@ -27,7 +27,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_encoder` reads."""
     parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a name on the hub")
     parser.add_argument("--pooling", choices=POOLINGS, help="default: the one recorded with the model, else mean")
-    parser.add_argument("--max-length", type=_at_least_one, metavar="N", help="tokens per text")
+    parser.add_argument("--max-length", type=at_least_one, metavar="N", help="tokens per text")
     precision = "of weights and products; auto: bf16 where the device computes in it, else fp32"
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help=precision)
 
@@ -77,8 +77,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--as", choices=["query", "passage"], dest="kind", help="put the model's own prompt before them"
     )
     before.add_argument("--prompt", help='put this before every text; "" for nothing')
-    parser.add_argument("--batch-tokens", type=_at_least_one, default=8192, metavar="N", help="tokens per forward pass")
-    parser.add_argument("--dimensions", type=_at_least_one, metavar="N", help="keep the first N, normalised again")
+    parser.add_argument("--batch-tokens", type=at_least_one, default=8192, metavar="N", help="tokens per forward pass")
+    parser.add_argument("--dimensions", type=at_least_one, metavar="N", help="keep the first N, normalised again")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="of the vectors")
     parser.add_argument("--devices", metavar="cuda:0,cuda:1", help="a process on each; default: all GPUs, else one")
     return parser.parse_args(argv)
@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
+    """A command line's whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
     return int(text)

@@ -9,11 +9,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hbt_fast.data.rows import DataError
-from hbt_fast.encode import add_encoder_arguments, load_encoder
+from hbt_fast.encode import add_encoder_arguments, at_least_one, load_encoder
 
 DEFAULT_PROMPTS = ("Query: ", "Passage: ")  # the prefixes of arXiv 2408.10536
 
@@ -33,6 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one"
     )
+    parser.add_argument("--dimensions", type=at_least_one, metavar="N", help="use the first N, normalised again")
     parser.add_argument("--before", type=Path, metavar="FILE.json", help="earlier results to show beside these")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write JSON here, .md and .png beside it")
     args = parser.parse_args(argv)
@@ -84,6 +87,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
     args = parse(argv)
     import torch
 
+    from hbt_fast.encoder import EncoderError
     from hbt_fast.evaluation import tasks
     from hbt_fast.evaluation.metrics import Results
     from hbt_fast.evaluation.report import comparison, write_report
@@ -101,8 +105,11 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
         (query_prompt, passage_prompt), lines = choose_prompts(args)
         print(f"{task.name}: {len(task.queries):,} queries, {len(task.candidates):,} candidates, {task.languages}")
         print("\n".join(lines))
+        encoder = load(args, device)
+        if args.dimensions:
+            encoder = SimpleNamespace(encode=partial(encoder.encode, dimensions=args.dimensions))
         results = evaluate(
-            load(args, device), task, query_prompt, passage_prompt, model=str(args.model), device=args.device,
+            encoder, task, query_prompt, passage_prompt, model=str(args.model), device=args.device,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
         print(f"\n{results.to_markdown()}")
@@ -111,7 +118,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
         print(f"Mo {results.mo:.4f}  Cr {results.cr:.4f}  Mul {results.mul:.4f}  RD {results.rank_distance:.1f}")
         if args.out:
             print("wrote " + ", ".join(map(str, write_report(results, args.out, before))))
-    except (DataError, EvaluationError, OSError) as error:
+    except (DataError, EncoderError, EvaluationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,7 @@ from test_evaluation_tasks import paragraph, write
 
 from hbt_fast import evaluate as program
 from hbt_fast.data.rows import DataError
+from hbt_fast.encoder.export import export
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import heat_map, write_report
 from hbt_fast.evaluation.run import EvaluationError, evaluate
@@ -154,6 +155,18 @@ def test_program_prints_and_writes(folder, tmp_path, capsys):
     assert "query prompt 'Query: ' (default" in printed
     assert out.with_suffix(".md").is_file()
     assert out.with_suffix(".png").is_file()
+
+
+def test_program_takes_the_first_dimensions(folder, tmp_path, capsys, make_encoder):
+    model = str(export(make_encoder(), tmp_path / "model"))
+    printed = []
+    for more in ([], ["--dimensions", "4"]):
+        assert program.main([model, "--data", str(folder), "--precision", "fp32", *more]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "32 dimensions" in printed[0]
+    assert " 4 dimensions" in printed[1]
+    assert program.main([model, "--data", str(folder), "--dimensions", "64"]) == 2
+    assert "dimensions is 64; the encoder has 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
