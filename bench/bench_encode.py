@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench_step import PASSAGE, QUESTION, made_text
+from steps import PASSAGE, QUESTION, WORLD, made_text, products
 
 from hbt_fast.encoder import Encoder
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch, train_tokenizer
@@ -18,7 +18,7 @@ from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch, train_
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, DATA = ROOT / "models" / "e5-small", ROOT.parent / "shared" / "data" / "xquad-r"
 COUNT, TOKENS, ROUNDS = 300, 8192, 3
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = WORLD.device.type
 FLOOR = "the products of every layer, without padding"
 
 
@@ -45,27 +45,6 @@ def setting(tmp_path_factory):
     encoder = Encoder.from_pretrained(folder).to(DEVICE).eval()
     encoder.autocast = torch.bfloat16 if DEVICE == "cuda" else None
     return encoder, folder, [texts[i] for i in rng.permutation(len(texts))]
-
-
-def products(setting):
-    encoder, _, texts = setting
-    config = encoder.model.config
-    flat, _ = encoder.tokenise(texts, "query: ")
-    d, wide, dtype = config.hidden_size, config.intermediate_size, encoder.autocast or torch.float32
-    shapes = [(d, d)] * 4 + [(d, wide), (wide, d)]
-    sizes = [min(TOKENS, len(flat) - i) for i in range(0, len(flat), TOKENS)]
-    inputs = {k: torch.randn(TOKENS, k, device=DEVICE, dtype=dtype) for k in (d, wide)}
-    weights = [torch.randn(k, m, device=DEVICE, dtype=dtype) for k, m in shapes]
-    outputs = {m: torch.empty(TOKENS, m, device=DEVICE, dtype=dtype) for m in (d, wide)}
-    work = config.num_hidden_layers * sum(2 * len(flat) * k * m for k, m in shapes)
-
-    def floor():
-        for size in sizes:
-            for _ in range(config.num_hidden_layers):
-                for (k, m), weight in zip(shapes, weights, strict=True):
-                    torch.mm(inputs[k][:size], weight, out=outputs[m][:size])
-
-    return floor, work
 
 
 def ours(setting):
@@ -125,5 +104,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @torch.inference_mode()
 def test_encode(against_floor, setting, way):
-    floor, work = products(setting)
+    encoder, _, texts = setting
+    tokens = len(encoder.tokenise(texts, "query: ")[0])
+    floor, work = products(encoder.model.config, tokens, TOKENS, encoder.autocast or torch.float32)
     against_floor(WAYS[way](setting), floor, FLOOR, rounds=ROUNDS, work=work)
