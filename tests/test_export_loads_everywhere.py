@@ -62,6 +62,17 @@ def test_a_checkpoint_in_half_precision_trains_in_float32(make_encoder, tmp_path
     assert {p.dtype for p in Encoder.from_pretrained(tmp_path / "half").parameters()} == {torch.float32}
 
 
+def test_the_tokenizer_is_named_as_transformers_4_knows_it(make_encoder, tmp_path):
+    encoder = make_encoder()
+    encoder.tokenizer.save_pretrained(tmp_path / "plain")
+    export(encoder, tmp_path / "m")
+    plain, ours = (json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("plain", "m"))
+    assert ours == plain | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    again = Encoder.from_pretrained(tmp_path / "m").tokenizer
+    assert type(again) is type(encoder.tokenizer)
+    assert again(TEXTS) == encoder.tokenizer(TEXTS)
+
+
 def test_dropout_can_be_replaced(make_encoder, tmp_path):
     export(make_encoder(), tmp_path / "m")
     config = Encoder.from_pretrained(tmp_path / "m", dropout=0.0).model.config

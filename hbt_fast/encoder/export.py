@@ -26,6 +26,9 @@ def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] 
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     encoder.model.save_pretrained(folder, state_dict=weights)
     encoder.tokenizer.save_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same, by the name that transformers 4 has too
     prompts = {**encoder.prompts, "document": encoder.prompts["passage"]}
     pooling = {
         "word_embedding_dimension": encoder.model.config.hidden_size,
@@ -33,6 +36,7 @@ def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] 
         "include_prompt": True,
     }
     files = {
+        "tokenizer_config.json": tokenizer,
         "sentence_bert_config.json": {"max_seq_length": encoder.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {"prompts": prompts, "similarity_fn_name": "cosine"},
         "1_Pooling/config.json": pooling,
