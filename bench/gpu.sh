@@ -28,9 +28,11 @@ part() {  # seconds, name, arguments of pytest; an interrupt lets pytest print t
 }
 
 part 150 correct tests/test_kernels_claims.py tests/test_loss_triton_claims.py tests/test_loss_triton_memory.py --maxfail=20
-part 90 steps tests/test_steps_on_a_gpu.py
+part 110 steps tests/test_packed_equals_padded.py tests/test_steps_on_a_gpu.py
 part 170 speed bench/bench_loss.py -k "not tiles" --results="$out/gpu-loss.md" --benchmark-json="$out/gpu-loss.json"
-part 90 step bench/bench_step.py --results="$out/gpu-step.md" --benchmark-json="$out/gpu-step.json"
+part 60 step bench/bench_step.py --results="$out/gpu-step.md" --benchmark-json="$out/gpu-step.json"
+part 120 train bench/bench_train.py --results="$out/gpu-train.md" --benchmark-json="$out/gpu-train.json"
+part 60 encode bench/bench_encode.py --results="$out/gpu-encode.md" --benchmark-json="$out/gpu-encode.json"
 part 60 tiles bench/bench_loss.py -k tiles --results="$out/gpu-tiles.md" --benchmark-json="$out/gpu-tiles.json"
 
 echo "== written"

@@ -102,6 +102,31 @@ def test_bf16_is_as_near_to_float32_as_padded_rows_are(name):
     assert theirs > 1e-4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpu_in_half_precision_is_as_near_to_float32_as_padded_rows_are(name, dtype):
+    packing, padding = made(name)
+    tokens, cu_seqlens = texts()
+    weights = torch.randn(len(LENGTHS), 64, generator=torch.Generator().manual_seed(2))
+
+    def both(encoder, device):
+        encoder.zero_grad()
+        out = encoder(tokens.to(device), cu_seqlens)
+        (out * weights.to(device)).sum().backward()
+        return out.detach().cpu(), torch.cat(
+            [p.grad.flatten().cpu() for p in encoder.parameters() if p.grad is not None]
+        )
+
+    truth = both(padding, "cpu")
+    packing.autocast = padding.autocast = dtype
+    ours, again, theirs = (both(encoder.cuda(), "cuda") for encoder in (packing, packing, padding))
+    for exact, one, _again, other in zip(truth, ours, again, theirs, strict=True):
+        assert (one - exact).norm() < 1.5 * (other - exact).norm()
+        assert (other - exact).norm() > 1e-5 * exact.norm()
+    assert torch.equal(ours[0], again[0])
+
+
 @pytest.mark.parametrize("name", ["XLM-R", "BERT", "ModernBERT"])
 def test_padded_rows_go_through_the_same_model_as_ever(name):
     packing, padding = made(name)

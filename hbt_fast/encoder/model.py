@@ -143,7 +143,7 @@ class Encoder(nn.Module):
 
         Args:
             tokens: (T,) int token ids, one text after the other.
-            cu_seqlens: (n + 1,) int, text i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]].
+            cu_seqlens: (n + 1,) int, best on the host, text i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]].
 
         Returns:
             (n, d) unit vectors, float32 (float64 if the weights are).

@@ -41,16 +41,18 @@ class Sequences(NamedTuple):
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, device: torch.device) -> Sequences:
-        """From (n + 1,) int offsets, which are best on the host.
+        """From (n + 1,) int offsets, on the host: a GPU that has them is waited for.
 
         Args:
             cu_seqlens: text i has the tokens from cu_seqlens[i] to cu_seqlens[i + 1].
             device: of the tokens.
         """
-        lengths_n = cu_seqlens.diff().cpu()
-        runs = [(len(list(same)), length) for length, same in groupby(lengths_n.tolist())]
-        text_T = torch.arange(len(lengths_n)).repeat_interleave(lengths_n)
-        return cls(cu_seqlens.to(device).int(), max(length for _, length in runs), text_T.to(device), runs)
+        runs = [(len(list(same)), length) for length, same in groupby(cu_seqlens.diff().tolist())]
+        there = cu_seqlens.to(device).int()
+        text = torch.arange(len(there) - 1, device=device)
+        tokens = sum(texts * length for texts, length in runs)
+        text_T = text.repeat_interleave(there.diff(), output_size=tokens)  # the size: or it would be waited for
+        return cls(there, max(length for _, length in runs), text_T, runs)
 
 
 def can_pack(model: nn.Module) -> bool:

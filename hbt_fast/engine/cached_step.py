@@ -95,7 +95,7 @@ def cached_backward(
     def embed(number: int) -> tuple[Tensor, Tensor | None]:
         micro = micro_batches[turns[number].micro]
         with _random_state(device, *seed, number):
-            return engine(upload(micro.tokens), upload(micro.cu_seqlens), micro.tower)
+            return engine(upload(micro.tokens), torch.from_numpy(micro.cu_seqlens), micro.tower)
 
     def recoverable(error: Exception) -> bool:
         return out_of_memory(error) and not together

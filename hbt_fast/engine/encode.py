@@ -128,9 +128,8 @@ class SharedEncoder:
 
     @torch.no_grad()  # not inference_mode: ZeRO-3 would keep its tensors
     def _vectors(self, micro: MicroBatch, tower: int) -> Tensor:
-        device = self.world.device
-        tokens, cu_seqlens = torch.from_numpy(micro.tokens).to(device), torch.from_numpy(micro.cu_seqlens).to(device)
-        return self.forward(tokens, cu_seqlens, tower)[0].float()
+        tokens = torch.from_numpy(micro.tokens).to(self.world.device)
+        return self.forward(tokens, torch.from_numpy(micro.cu_seqlens), tower)[0].float()
 
     def _gathered(self, mine_nd: Tensor) -> list[Tensor]:
         """All ranks' tensors on rank 0; an empty list elsewhere."""
