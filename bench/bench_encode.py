@@ -27,7 +27,7 @@ def setting(tmp_path_factory):
     """An encoder, its folder, and texts in no order: questions and sentences."""
     rng = np.random.default_rng(0)
     if DATA.is_dir():
-        from hbt_fast.evaluation.tasks import xquad_r
+        from hbt_fast.evaluation.lareqa import xquad_r
 
         task = xquad_r(DATA)
         every = [*task.queries, *task.candidates]

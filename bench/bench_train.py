@@ -41,7 +41,7 @@ FLOOR = "the products of every layer, forward and backward"
 
 def texts(rng) -> list[tuple[str, str]]:
     if DATA.is_dir() and not GPU:
-        from hbt_fast.evaluation.tasks import xquad_r
+        from hbt_fast.evaluation.lareqa import xquad_r
 
         task = xquad_r(DATA)
         rows = rng.choice(len(task.queries), 2 * PAIRS, replace=False)

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
     import torch
 
     from hbt_fast.encoder import EncoderError
-    from hbt_fast.evaluation import tasks
+    from hbt_fast.evaluation import lareqa
     from hbt_fast.evaluation.metrics import Results
     from hbt_fast.evaluation.report import comparison, write_report
     from hbt_fast.evaluation.run import EvaluationError, evaluate
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
             raise DataError("--device cuda, but torch sees no GPU; take --device cpu or auto")
         device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         languages = args.languages.split(",") if args.languages else None
-        load_task = tasks.xquad_r if args.task == "xquad-r" else tasks.mlqa_r
+        load_task = lareqa.xquad_r if args.task == "xquad-r" else lareqa.mlqa_r
         # Cheap checks first: nobody should wait for a model to learn that a path is wrong.
         task = load_task(args.data, context=args.context, languages=languages)
         before = _read_before(args.before, task.languages, Results) if args.before else None

@@ -13,11 +13,11 @@ from test_evaluation_tasks import paragraph, write
 from hbt_fast import evaluate as program
 from hbt_fast.data.rows import DataError
 from hbt_fast.encoder.export import export
+from hbt_fast.evaluation.lareqa import xquad_r
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import heat_map, write_report
 from hbt_fast.evaluation.run import EvaluationError, evaluate
 from hbt_fast.evaluation.search import language_bias, search
-from hbt_fast.evaluation.tasks import xquad_r
 
 
 @dataclass

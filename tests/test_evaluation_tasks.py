@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.evaluation.tasks import RetrievalTask, mlqa_r, task_from_rows, xquad_r
+from hbt_fast.evaluation.lareqa import mlqa_r, xquad_r
+from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows
 
 
 def paragraph(language: str, ids: tuple[str, ...] = ("q1", "q2")) -> dict:

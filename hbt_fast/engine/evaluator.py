@@ -8,9 +8,10 @@ from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.encode import SharedEncoder
 from hbt_fast.engine.runlog import BEFORE, DURING
 from hbt_fast.engine.share import parameters_of_all
+from hbt_fast.evaluation.lareqa import xquad_r
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.run import EvaluationError, evaluate
-from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows, xquad_r
+from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows
 
 if TYPE_CHECKING:
     from hbt_fast.config import Config

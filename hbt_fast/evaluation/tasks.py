@@ -1,15 +1,12 @@
 """Retrieval tasks: questions, one pool of candidates in all languages, and which candidates answer which question.
 
-Two sources: LAReQA-style folders (XQuAD-R, MLQA-R; arXiv 2004.05484) and any iterable of `Row`.
+Their sources: `lareqa`, `beir` (also MIRACL, Mr. TyDi), `reranking`, `jsonl`, and here any iterable of `Row`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,9 +28,16 @@ class RetrievalTask:
         candidate_languages: M language codes.
         offsets: (N + 1,) int64. The relevant candidates of query i are ``relevant[offsets[i]:offsets[i + 1]]``.
         relevant: (R,) int64 candidate indices, ascending and without repeats within a query.
+        gains: (R,) float32 above 0, how relevant each is (graded relevance); None: all 1.
+        candidate_ids: M ids; None: they have none.
+        groups: name of a group of languages -> its query languages, over which macro averages are made too.
+        pools: of a re-ranking task: offsets (N + 1,) int64 and candidates (P,) int64. Query i re-ranks
+            ``pools[1][pools[0][i]:pools[0][i + 1]]``, which need not hold its relevant candidates.
+        left_out: number of queries that the data have, but no relevant candidate for.
 
     Raises:
-        DataError: lengths that do not match, a query without a relevant candidate, an index outside the candidates.
+        DataError: lengths that do not match, a query without a relevant candidate, an index outside the candidates, a
+            gain that is not above 0, a group with a language that no query has.
     """
 
     name: str
@@ -44,6 +48,11 @@ class RetrievalTask:
     candidate_languages: list[str]
     offsets: np.ndarray
     relevant: np.ndarray
+    gains: np.ndarray | None = None
+    candidate_ids: list[str] | None = None
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    pools: tuple[np.ndarray, np.ndarray] | None = None
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         n, m = len(self.queries), len(self.candidates)
@@ -70,37 +79,39 @@ class RetrievalTask:
             raise DataError(
                 f"{self.name}: the relevant candidates of query {self.query_ids[query]!r} repeat or do not ascend"
             )
+        self._check_more()
+
+    def _check_more(self) -> None:
+        """What not every task has."""
+        n, m = len(self.queries), len(self.candidates)
+        if self.gains is not None and (self.gains.shape != self.relevant.shape or not (self.gains > 0).all()):
+            raise DataError(f"{self.name}: gains must be above 0, one for each of the {len(self.relevant)} relevant")
+        if self.candidate_ids is not None and len(self.candidate_ids) != m:
+            raise DataError(f"{self.name}: {m} candidates but {len(self.candidate_ids)} candidate ids")
+        for group, members in self.groups.items():
+            unknown = sorted(set(members) - set(self.query_languages))
+            if unknown or not members:
+                have = ", ".join(sorted(set(self.query_languages)))
+                raise DataError(
+                    f"{self.name}: group {group!r}: no query is in {', '.join(unknown) or 'no language'}; "
+                    f"the languages of the queries are {have}"
+                )
+        if self.pools is not None:
+            offsets, members = self.pools
+            if (
+                offsets.shape != (n + 1,)
+                or offsets[0] != 0
+                or offsets[-1] != len(members)
+                or (np.diff(offsets) < 0).any()
+            ):
+                raise DataError(f"{self.name}: the pools' offsets must run from 0 to {len(members)} in {n + 1} steps")
+            if len(members) and (members.min() < 0 or members.max() >= m):
+                raise DataError(f"{self.name}: the candidates of pools must lie in 0 .. {m - 1}")
 
     @property
     def languages(self) -> list[str]:
         """Languages of queries and candidates, sorted: the rows and columns of every table."""
         return sorted(set(self.query_languages) | set(self.candidate_languages))
-
-
-def xquad_r(folder: str | Path, context: bool = False, languages: Sequence[str] | None = None) -> RetrievalTask:
-    """XQuAD-R: 13,090 questions and 13,014 candidate sentences in 11 languages, 11 relevant sentences per question.
-
-    Every question id must exist in every language that is loaded: a missing one is an error, since the parallel
-    answers are what the task measures. Data with holes (MLQA-R) load with `mlqa_r`.
-
-    Args:
-        folder: holds one <language>.json per language (github.com/google-research-datasets/lareqa, folder xquad-r).
-        context: append the paragraph to each candidate sentence (sentence first, so that truncation spares it).
-        languages: load these only; None: every file in the folder.
-
-    Raises:
-        DataError: naming file and question.
-    """
-    return _lareqa("xquad-r", Path(folder), context, languages, complete=True)
-
-
-def mlqa_r(folder: str | Path, context: bool = False, languages: Sequence[str] | None = None) -> RetrievalTask:
-    """MLQA-R, or any LAReQA-style folder whose questions exist in some of the languages only.
-
-    The relevant candidates of a question are its answers in the languages that have its id; a language without it
-    does not count for that question. Arguments and errors as in `xquad_r`.
-    """
-    return _lareqa("mlqa-r", Path(folder), context, languages, complete=False)
 
 
 def task_from_rows(name: str, rows: Iterable[Row]) -> RetrievalTask:
@@ -127,96 +138,25 @@ def task_from_rows(name: str, rows: Iterable[Row]) -> RetrievalTask:
     if not queries:
         raise DataError(f"{name}: no row has a query")
     return RetrievalTask(
-        name, queries, query_languages, query_ids, [key[2] for key in index], [key[0] for key in index], *_csr(relevant)
+        name,
+        queries,
+        query_languages,
+        query_ids,
+        [key[2] for key in index],
+        [key[0] for key in index],
+        *offsets_and_members(relevant),
     )
 
 
-def _csr(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def offsets_and_members(lists: Sequence[Collection[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of numbers as two arrays, for `RetrievalTask`.
+
+    Args:
+        lists: n of them.
+
+    Returns:
+        (n + 1,) int64, where each begins and the last ends, and all their numbers, int64, sorted within each.
+    """
     offsets = np.zeros(len(lists) + 1, dtype=np.int64)
     np.cumsum([len(part) for part in lists], out=offsets[1:])
     return offsets, np.fromiter((i for part in lists for i in sorted(part)), dtype=np.int64, count=offsets[-1])
-
-
-def _lareqa(
-    name: str, folder: Path, context: bool, languages: Sequence[str] | None, *, complete: bool
-) -> RetrievalTask:
-    files = _language_files(folder, languages)
-    candidates, candidate_languages = [], []
-    questions: dict[str, dict[str, str]] = {}  # language -> question id -> text
-    answers: dict[str, dict[str, int]] = {}  # question id -> language -> candidate
-    for language, file in files.items():
-        questions[language] = {}
-        for where, paragraph in _paragraphs(file):
-            first = len(candidates)
-            sentences, breaks, text = paragraph["sentences"], paragraph["sentence_breaks"], paragraph["context"]
-            if len(sentences) != len(breaks):
-                raise DataError(f"{where}: {len(sentences)} sentences but {len(breaks)} sentence_breaks")
-            # Equal sentences stay separate candidates, as in LAReQA: only so does XQuAD-R have its 13,014.
-            candidates += [f"{sentence}\n{text}" if context else sentence for sentence in sentences]
-            candidate_languages += [language] * len(sentences)
-            for qa in paragraph["qas"]:
-                if qa["id"] in questions[language]:
-                    raise DataError(f"{where}: question id {qa['id']!r} occurs twice in this file")
-                questions[language][qa["id"]] = qa["question"]
-                answers.setdefault(qa["id"], {})[language] = first + _answer_sentence(qa, breaks, where)
-        if not questions[language]:
-            raise DataError(f"{file}: no questions in it")
-    if complete:
-        for language, file in files.items():
-            missing = [question for question in answers if question not in questions[language]]
-            if missing:
-                raise DataError(
-                    f"{file}: question id {missing[0]!r} is missing ({len(missing)} missing in all), which other "
-                    "languages have; every language needs its answer. For data with holes take the task mlqa-r."
-                )
-    queries, query_languages, query_ids, relevant = [], [], [], []
-    for language, texts in questions.items():
-        queries += texts.values()
-        query_ids += texts
-        query_languages += [language] * len(texts)
-        relevant += [list(answers[question].values()) for question in texts]
-    return RetrievalTask(name, queries, query_languages, query_ids, candidates, candidate_languages, *_csr(relevant))
-
-
-def _language_files(folder: Path, languages: Sequence[str] | None) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; it must hold one <language>.json per language, as en.json")
-    files = {file.stem: file for file in sorted(folder.glob("*.json"))}
-    if not files:
-        raise DataError(f"{folder}: no .json file in it; one <language>.json per language is needed, as en.json")
-    if languages is None:
-        return files
-    unknown = [language for language in languages if language not in files]
-    if unknown or not languages:
-        raise DataError(f"{folder}: no file for languages {unknown or 'none given'}; there are {', '.join(files)}")
-    return {language: files[language] for language in files if language in languages}
-
-
-def _paragraphs(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yields (where, paragraph) with the keys that LAReQA adds to SQuAD checked."""
-    try:
-        articles = json.loads(file.read_text(encoding="utf-8"))["data"]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not valid JSON ({error})") from error
-    except (KeyError, TypeError) as error:
-        raise DataError(f'{file}: not SQuAD JSON, the top level needs a "data" list') from error
-    for a, article in enumerate(articles):
-        for p, paragraph in enumerate(article.get("paragraphs", [])):
-            where = f"{file}: article {a}, paragraph {p}"
-            for key in ("context", "qas", "sentences", "sentence_breaks"):
-                if key not in paragraph:
-                    raise DataError(
-                        f'{where}: no "{key}"; LAReQA files are SQuAD JSON with "sentences" and "sentence_breaks"'
-                    )
-            yield where, paragraph
-
-
-def _answer_sentence(qa: dict[str, Any], breaks: list[list[int]], where: str) -> int:
-    """The sentence in which the answer starts (an answer may run over its end; LAReQA goes by the start)."""
-    if not qa.get("answers"):
-        raise DataError(f"{where}: question {qa['id']!r} has no answer")
-    start = qa["answers"][0]["answer_start"]
-    for number, (begin, end) in enumerate(breaks):
-        if begin <= start < end:
-            return number
-    raise DataError(f"{where}: the answer of question {qa['id']!r} starts at {start}, which is in no sentence")
