@@ -17,7 +17,6 @@ from hbt_fast.evaluation.lareqa import xquad_r
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import heat_map, write_report
 from hbt_fast.evaluation.run import EvaluationError, evaluate
-from hbt_fast.evaluation.search import language_bias, search
 
 
 @dataclass
@@ -50,57 +49,6 @@ def folder(tmp_path):
 @pytest.fixture
 def results(folder):
     return evaluate(WordEncoder(), xquad_r(folder), model="words", device="cpu", log=None)
-
-
-def test_faiss_equals_brute_force():
-    rng = np.random.default_rng(0)
-    queries, candidates = (rng.standard_normal((n, 24)).astype(np.float32) for n in (50, 300))
-    scores, indices = search(queries, candidates, 7, device="cpu")
-    expected = np.argsort(-(queries @ candidates.T), axis=1)[:, :7]
-    assert np.array_equal(indices, expected)
-    np.testing.assert_allclose(scores, np.take_along_axis(queries @ candidates.T, expected, axis=1), rtol=1e-5)
-
-
-def test_equal_scores_come_in_candidate_order():
-    candidates = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)[::-1].copy()
-    _, indices = search(np.eye(3, dtype=np.float32), candidates, 12, device="cpu")
-    assert (indices[:, :4] == [[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3]]).all()
-
-
-def test_search_says_what_is_wrong():
-    vectors = np.eye(4, dtype=np.float32)
-    with pytest.raises(ValueError, match=r"k = 5 must lie in 1 \.\. 4"):
-        search(vectors, vectors, 5)
-    with pytest.raises(ValueError, match="equal d"):
-        search(vectors, vectors[:, :2].copy(), 1)
-    with pytest.raises(ValueError, match="device must be"):
-        search(vectors, vectors, 1, device="tpu")
-
-
-def test_language_bias_by_hand():
-    # Pool: 3 de, 1 en. The de queries see [de, de] with the answer first, the en query [de, en] with its answer second.
-    bias = language_bias(
-        np.array([[0, 1], [1, 2], [2, 3]]), ["de", "de", "en"], ["de", "de", "de", "en"],
-        np.array([0, 1, 2, 4]), np.array([0, 1, 1, 3]),
-    )  # fmt: skip
-    assert bias == {"accuracy@1": 0.5, "own-language@1": 0.5, "own-language@2": 0.75, "pool share": 0.5}
-    # Only the second place holds an answer: not accurate.
-    languages = ["de"] * 3
-    bias = language_bias(np.array([[0, 1]]), ["de"], languages, np.array([0, 1]), np.array([1]))
-    assert bias["accuracy@1"] == 0.0
-
-
-def test_accuracy_at_1_agrees_with_the_exact_ranks(folder):
-    from hbt_fast.evaluation.ranks import exact_ranks
-
-    rng = np.random.default_rng(1)
-    task = xquad_r(folder)
-    queries, candidates = (rng.standard_normal((len(t), 4)).astype(np.float32) for t in (task.queries, task.candidates))
-    arguments = (task.query_languages, task.candidate_languages, task.offsets, task.relevant)
-    _, indices = search(queries, candidates, 1, device="cpu")
-    ranks = exact_ranks(queries, candidates, *arguments)
-    first = np.unique(ranks.query[ranks.in_whole_pool == 1])
-    assert language_bias(indices, *arguments)["accuracy@1"] == len(first) / len(task.queries)
 
 
 def test_prompts_reach_the_encoder_and_equal_texts_are_encoded_once(tmp_path):

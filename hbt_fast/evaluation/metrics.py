@@ -2,26 +2,29 @@
 
 Mo: query and pool in one language. Cr: pool in one other language. Mul: pool of all languages, all parallel answers
 relevant. Macro averages: Mo and Mul over query languages, Cr over ordered language pairs (arXiv 2004.05484 and
-2408.10536).
+2408.10536). Cut-off metrics are those of trec_eval, with linear gains where relevance is graded.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hbt_fast.evaluation.ranks import Ranks
+from hbt_fast.evaluation.results import Results, nanmean
+
+_NOT_BIAS = ("mo", "cr", "mul", "rank_distance")
+_DISCOUNT = 1 / np.log2(np.arange(2, 12))  # of the ranks 1 .. 10
 
 
 def average_precision(ranks: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
     """Average precision over the full ranking: the mean over relevant candidates of k / rank of the k-th best one.
 
     Args:
-        ranks: (R,) integer ranks from 1 of the relevant candidates.
+        ranks: (R,) ranks from 1 of the relevant candidates; infinite: not found, which adds nothing to the sum.
         groups: (R,) integers in 0 .. n_groups - 1: the (query, pool) that each rank belongs to.
         n_groups: length of the result.
 
@@ -42,11 +45,19 @@ def map_matrix(ranks: Ranks) -> np.ndarray:
     Returns:
         (L, L) float64; NaN where no query of the row has an answer in the pool.
     """
+    return _matrix(_pool_precisions(ranks), ranks)
+
+
+def _pool_precisions(ranks: Ranks) -> np.ndarray:
+    """(N, L) float64 average precision of each query in the pool of each language."""
     n_languages = len(ranks.languages)
     groups = ranks.query * n_languages + ranks.relevant_languages
     ap = average_precision(ranks.in_own_pool, groups, len(ranks.query_languages) * n_languages)
-    ap_NL = ap.reshape(-1, n_languages)
-    return np.stack([_nanmean(ap_NL[ranks.query_languages == i], axis=0) for i in range(n_languages)])
+    return ap.reshape(-1, n_languages)
+
+
+def _matrix(ap_NL: np.ndarray, ranks: Ranks) -> np.ndarray:
+    return np.stack([_nanmean(ap_NL[ranks.query_languages == i], axis=0) for i in range(len(ranks.languages))])
 
 
 def mul_map(ranks: Ranks) -> np.ndarray:
@@ -58,167 +69,232 @@ def mul_map(ranks: Ranks) -> np.ndarray:
 def rank_distance(ranks: Ranks) -> np.ndarray:
     """Largest minus smallest rank of a query's parallel answers in the pool of all languages (arXiv 2408.10536).
 
-    Queries with one relevant candidate have no distance and do not count.
+    Queries with one relevant candidate have no distance and do not count; nor does any query of a task in which all
+    relevant candidates of a query are in one language: those are not parallel answers.
 
     Returns:
         (L,) float64 mean by query language, NaN for a language without such queries.
     """
+    return _by_language(_rank_distances(ranks), ranks)
+
+
+def _rank_distances(ranks: Ranks) -> np.ndarray:
     n = len(ranks.query_languages)
+    same_query = ranks.query[1:] == ranks.query[:-1]
+    if not (ranks.relevant_languages[1:] != ranks.relevant_languages[:-1])[same_query].any():
+        return np.full(n, np.nan)
     largest, smallest = np.zeros(n), np.full(n, np.inf)
     np.maximum.at(largest, ranks.query, ranks.in_whole_pool)
     np.minimum.at(smallest, ranks.query, ranks.in_whole_pool)
-    distance = np.where(np.bincount(ranks.query, minlength=n) > 1, largest - smallest, np.nan)
-    return _by_language(distance, ranks)
+    return np.where(np.bincount(ranks.query, minlength=n) > 1, largest - smallest, np.nan)
 
 
-def cutoff_metrics(ranks: Ranks, pool: str = "own") -> dict[str, float]:
-    """nDCG@10, Recall@100, MRR@10 with binary relevance, macro-averaged over query languages.
+def cutoff_metrics(ranks: Ranks, pool: str = "own", gains: np.ndarray | None = None) -> dict[str, float]:
+    """nDCG@10, Recall@100, MRR@10, macro-averaged over query languages.
 
     Args:
         ranks: from `exact_ranks`.
         pool: "own": the pool of the query's language (MIRACL's setting); "all": the pool of all languages.
+        gains: (R,) above 0, graded relevance; None: all 1.
 
     Returns:
         the three values by name; NaN where no query has a relevant candidate in its pool.
     """
+    return {name: nanmean(_by_language(values, ranks)) for name, values in _cutoffs_of(ranks, pool, gains).items()}
+
+
+def _cutoffs_of(ranks: Ranks, pool: str, gains: np.ndarray | None) -> dict[str, np.ndarray]:
     if pool not in ("own", "all"):
         raise ValueError(f'pool must be "own" or "all", not {pool!r}')
     own = ranks.relevant_languages == ranks.query_languages[ranks.query]
     keep = own if pool == "own" else np.ones_like(own)
-    rank = (ranks.in_own_pool if pool == "own" else ranks.in_whole_pool)[keep].astype(np.float64)
-    query, n = ranks.query[keep], len(ranks.query_languages)
-    relevant = np.bincount(query, minlength=n)
-    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, 12)))])[np.minimum(relevant, 10)]
-    gain = np.bincount(query, weights=np.where(rank <= 10, 1 / np.log2(1 + rank), 0), minlength=n)
-    found = np.bincount(query, weights=rank <= 100, minlength=n)
-    best = np.full(n, np.inf)
-    np.minimum.at(best, query, rank)
-    mrr = np.where(relevant > 0, np.where(best <= 10, 1 / best, 0.0), np.nan)
-    values = {"ndcg@10": _divide(gain, ideal), "recall@100": _divide(found, relevant), "mrr@10": mrr}
-    return {name: _macro(_by_language(value, ranks)) for name, value in values.items()}
+    rank = (ranks.in_own_pool if pool == "own" else ranks.in_whole_pool)[keep]
+    return cutoffs(rank, ranks.query[keep], len(ranks.query_languages), None if gains is None else gains[keep])
 
 
-@dataclass(frozen=True)
-class Results:
-    """What an evaluation measured. All lists run over `languages`; NaN stands for "no such queries".
+def cutoffs(rank: np.ndarray, query: np.ndarray, n: int, gains: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """nDCG@10, Recall@100, MRR@10 of each query, as trec_eval defines them.
 
     Args:
-        task: name of the task.
-        model: what was evaluated, for reports.
-        languages: L codes.
-        queries: number of queries.
-        candidates: number of candidates.
-        mo: mAP, query and pool in one language, mean over languages.
-        cr: mAP, pool in one other language, mean over ordered language pairs.
-        mul: mAP, pool of all languages, mean over query languages.
-        rank_distance: macro mean over query languages.
-        matrix: L rows of L mAPs, query language by pool language.
-        mul_by_language: mAP in the whole pool by query language.
-        rank_distance_by_language: by query language.
-        cutoffs: nDCG@10, Recall@100, MRR@10 by pool ("own", "all").
-        bias: share of the top results in the query's own language, see `search.language_bias`; empty if not measured.
-        prompts: what was put before queries and passages.
-        seconds: wall time by phase.
+        rank: (R,) ranks from 1 of relevant candidates; infinite: not found.
+        query: (R,) int64 in 0 .. n - 1, ascending.
+        n: number of queries.
+        gains: (R,) above 0; None: all 1.
+
+    Returns:
+        (n,) float64 by name; NaN where a query has no relevant candidate.
     """
-
-    task: str
-    model: str
-    languages: list[str]
-    queries: int
-    candidates: int
-    mo: float
-    cr: float
-    mul: float
-    rank_distance: float
-    matrix: list[list[float]]
-    mul_by_language: list[float]
-    rank_distance_by_language: list[float]
-    cutoffs: dict[str, dict[str, float]] = field(default_factory=dict)
-    bias: dict[str, float] = field(default_factory=dict)
-    prompts: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """Strict JSON (NaN becomes null); `from_json` gives equal results back."""
-        return json.dumps(_map_floats(asdict(self), lambda x: None if math.isnan(x) else x), indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Results:
-        """Reads what `to_json` wrote; raises ValueError (with the reason) on anything else."""
-        try:
-            return cls(**_map_nulls(json.loads(text)))
-        except TypeError as error:
-            raise ValueError(f"not a result file of hbt_fast.evaluate: {error}") from error
-
-    def to_markdown(self) -> str:
-        """A headline table, one line per query language, and the query-by-passage-language matrix."""
-        head = [
-            f"# {self.model or 'model'} on {self.task}",
-            f"{self.queries:,} queries, {self.candidates:,} candidates, {len(self.languages)} languages. "
-            "mAP over the full ranking.",
-            _table(
-                ["Mo", "Cr", "Mul", "rank distance"],
-                [[f"{self.mo:.4f}", f"{self.cr:.4f}", f"{self.mul:.4f}", f"{self.rank_distance:,.1f}"]],
-            ),
-        ]
-        cutoffs = [[pool, *(f"{x:.4f}" for x in values.values())] for pool, values in self.cutoffs.items()]
-        if cutoffs:
-            head.append(_table(["pool", *next(iter(self.cutoffs.values()))], cutoffs))
-        if self.bias:
-            head.append(_table(list(self.bias), [[f"{x:.4f}" for x in self.bias.values()]]))
-        per_language = [
-            [language, f"{self.matrix[i][i]:.4f}", f"{_nanmean(self._others(i)):.4f}", f"{mul:.4f}", f"{distance:,.1f}"]
-            for i, (language, mul, distance) in enumerate(
-                zip(self.languages, self.mul_by_language, self.rank_distance_by_language, strict=True)
-            )
-        ]
-        matrix = [[row, *(f"{x:.3f}" for x in xs)] for row, xs in zip(self.languages, self.matrix, strict=True)]
-        tail = [f"Prompts: {self.prompts}" if self.prompts else ""]
-        parts = [
-            *head,
-            "By query language:",
-            _table(["query", "Mo", "Cr (mean)", "Mul", "rank distance"], per_language),
-            "mAP by query language (row) and passage language (column):",
-            _table(["", *self.languages], matrix),
-            *tail,
-        ]
-        return "\n\n".join(part for part in parts if part) + "\n"
-
-    def _others(self, row: int) -> np.ndarray:
-        return np.delete(np.array(self.matrix[row], dtype=np.float64), row)
+    rank = rank.astype(np.float64)
+    gain = np.ones(len(rank)) if gains is None else gains.astype(np.float64)
+    relevant = np.bincount(query, minlength=n)
+    # The ideal ranking: the largest gains of a query first, ten at most.
+    order = np.lexsort((-gain, query))
+    place = np.arange(len(order)) - np.repeat(np.cumsum(relevant) - relevant, relevant)
+    top = order[place < 10]
+    ideal = np.bincount(query[top], weights=gain[top] * _DISCOUNT[place[place < 10]], minlength=n)
+    found = np.bincount(query, weights=np.where(rank <= 10, gain / np.log2(1 + rank), 0), minlength=n)
+    best = _best(rank, query, n)
+    return {
+        "ndcg@10": _divide(found, ideal),
+        "recall@100": _divide(np.bincount(query, weights=rank <= 100, minlength=n), relevant),
+        "mrr@10": np.where(relevant > 0, np.where(best <= 10, 1 / best, 0.0), np.nan),
+    }
 
 
-def summarise(ranks: Ranks, task: str, model: str = "", **extra: Any) -> Results:
-    """All metrics of `ranks` as `Results`; `extra` fills its bias, prompts and seconds."""
-    matrix, mul, distance = map_matrix(ranks), mul_map(ranks), rank_distance(ranks)
-    off_diagonal = ~np.eye(len(matrix), dtype=bool)
+def per_query(ranks: Ranks, gains: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Every measure of every query.
+
+    Args:
+        ranks: from `exact_ranks`.
+        gains: (R,) above 0, graded relevance; None: all 1.
+
+    Returns:
+        (N,) float64 by name, NaN where a query does not have the measure: "mo"; "cr" (mean over the pools of the other
+        languages); "mul"; "rank_distance"; "ndcg@10", "recall@100" and "mrr@10" in the pool of the query's language;
+        "accuracy@1": 1 where the first of the pool of all languages is relevant.
+    """
+    n, own = len(ranks.query_languages), ranks.query_languages[:, None]
+    ap_NL = _pool_precisions(ranks)
+    others_NL = np.where(np.arange(len(ranks.languages)) == own, np.nan, ap_NL)
+    return {
+        "mo": np.take_along_axis(ap_NL, own, axis=1)[:, 0],
+        "cr": _nanmean(others_NL, axis=1),
+        "mul": average_precision(ranks.in_whole_pool, ranks.query, n),
+        "rank_distance": _rank_distances(ranks),
+        **_cutoffs_of(ranks, "own", gains),
+        "accuracy@1": (_best(ranks.in_whole_pool, ranks.query, n) == 1).astype(np.float64),
+    }
+
+
+def in_pools(rank: np.ndarray, query: np.ndarray, n: int, gains: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Every measure of every query of a re-ranking task.
+
+    Args:
+        rank: (R,) int64 from `pool_ranks`: from 1 in the query's own pool, 0 where the pool lacks the candidate. A pool
+            does not make a query easier by that: the candidate counts as not found.
+        query: (R,) int64, ascending, its query.
+        n: number of queries.
+        gains: (R,) above 0, graded relevance; None: all 1.
+
+    Returns:
+        (n,) float64 by name.
+    """
+    rank = np.where(rank == 0, np.inf, rank)
+    first = (_best(rank, query, n) == 1).astype(np.float64)
+    return {**cutoffs(rank, query, n, gains), "map": average_precision(rank, query, n), "accuracy@1": first}
+
+
+def summarise(
+    ranks: Ranks,
+    task: str,
+    model: str = "",
+    *,
+    measures: Mapping[str, np.ndarray] | None = None,
+    gains: np.ndarray | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    **extra: Any,
+) -> Results:
+    """All metrics of `ranks` as `Results`.
+
+    Args:
+        ranks: from `exact_ranks`.
+        task: its name.
+        model: what was evaluated.
+        measures: (N,) float64 by name: those of `per_query` and any more that are to be averaged; None: `per_query`'s.
+        gains: (R,) above 0, graded relevance; None: all 1.
+        groups: name -> query languages, for macro means over them.
+        extra: further fields of `Results`.
+    """
+    measures = per_query(ranks, gains) if measures is None else measures
+    matrix = map_matrix(ranks)
+    others = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
+    by_language = {name: _by_language(values, ranks) for name, values in measures.items()}
+    by_language["cr"] = _nanmean(others, axis=1)
+    pools = {pool: cutoff_metrics(ranks, pool, gains) for pool in ("own", "all")}
     return Results(
         task=task,
         model=model,
         languages=list(ranks.languages),
         queries=len(ranks.query_languages),
         candidates=int(ranks.pool.sum()),
-        mo=_macro(np.diag(matrix)),
-        cr=_macro(matrix[off_diagonal]),
-        mul=_macro(mul),
-        rank_distance=_macro(distance),
+        mo=nanmean(np.diag(matrix)),
+        cr=nanmean(others),
+        mul=nanmean(by_language["mul"]),
+        rank_distance=nanmean(by_language["rank_distance"]),
         matrix=matrix.tolist(),
-        mul_by_language=mul.tolist(),
-        rank_distance_by_language=distance.tolist(),
-        cutoffs={pool: cutoff_metrics(ranks, pool) for pool in ("own", "all")},
+        mul_by_language=by_language["mul"].tolist(),
+        rank_distance_by_language=by_language["rank_distance"].tolist(),
+        cutoffs=pools,
+        bias={name: nanmean(x) for name, x in by_language.items() if name not in (*_NOT_BIAS, *pools["own"])},
+        by_language={name: values.tolist() for name, values in by_language.items()},
+        groups=_of_groups(groups or {}, ranks.languages, {**by_language, "cr": others}),
         **extra,
     )
 
 
+def summarise_pools(
+    measures: Mapping[str, np.ndarray],
+    query_languages: Sequence[str],
+    candidates: int,
+    task: str,
+    model: str = "",
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    **extra: Any,
+) -> Results:
+    """What `in_pools` gave as `Results`, in which mAP over whole rankings is missing (NaN).
+
+    Args:
+        measures: (N,) float64 by name.
+        query_languages: N codes.
+        candidates: how many there are in all pools together.
+        task: its name.
+        model: what was evaluated.
+        groups: name -> query languages, for macro means over them.
+        extra: further fields of `Results`.
+    """
+    languages, language_N = np.unique(query_languages, return_inverse=True)
+    by_language = {
+        name: np.array([nanmean(values[language_N == i]) for i in range(len(languages))])
+        for name, values in measures.items()
+    }
+    none = [math.nan] * len(languages)
+    return Results(
+        task, model, languages.tolist(), len(language_N), candidates,
+        mo=math.nan, cr=math.nan, mul=math.nan, rank_distance=math.nan,
+        matrix=[none] * len(languages), mul_by_language=none, rank_distance_by_language=none,
+        cutoffs={"re-ranking": {name: nanmean(values) for name, values in by_language.items()}},
+        by_language={name: values.tolist() for name, values in by_language.items()},
+        groups=_of_groups(groups or {}, languages.tolist(), by_language),
+        **extra,
+    )  # fmt: skip
+
+
+def _of_groups(
+    groups: Mapping[str, Sequence[str]], languages: Sequence[str], by_language: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Means over the rows of a group's languages; "cr" has a row of pairs for each."""
+    rows = {
+        group: [i for i, language in enumerate(languages) if language in members] for group, members in groups.items()
+    }
+    found = {
+        group: {name: nanmean(values[mine]) for name, values in by_language.items()} for group, mine in rows.items()
+    }
+    return {group: {name: x for name, x in values.items() if not math.isnan(x)} for group, values in found.items()}
+
+
+def _best(rank: np.ndarray, query: np.ndarray, n: int) -> np.ndarray:
+    """(n,) the lowest rank of each query; infinite if it has none."""
+    best = np.full(n, np.inf)
+    np.minimum.at(best, query, rank)
+    return best
+
+
 def _by_language(per_query: np.ndarray, ranks: Ranks) -> np.ndarray:
-    return np.array([_macro(per_query[ranks.query_languages == i]) for i in range(len(ranks.languages))])
+    return np.array([nanmean(per_query[ranks.query_languages == i]) for i in range(len(ranks.languages))])
 
 
-def _macro(values: np.ndarray) -> float:
-    return float(_nanmean(values))
-
-
-def _nanmean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
     """np.nanmean without its warning: the mean of nothing is NaN here by contract."""
     valid = ~np.isnan(values)
     return _divide(np.where(valid, values, 0).sum(axis=axis), valid.sum(axis=axis))
@@ -226,24 +302,3 @@ def _nanmean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=np.asarray(b) > 0)
-
-
-def _map_floats(value: Any, change: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _map_floats(x, change) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_map_floats(x, change) for x in value]
-    return change(value) if isinstance(value, float) else value
-
-
-def _map_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _map_nulls(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_map_nulls(x) for x in value]
-    return math.nan if value is None else value
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

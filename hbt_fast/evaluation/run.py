@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 
-from hbt_fast.evaluation.metrics import Results, summarise
+from hbt_fast.evaluation.bias import language_bias
+from hbt_fast.evaluation.metrics import in_pools, per_query, summarise, summarise_pools
+from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks
-from hbt_fast.evaluation.search import language_bias, search
+from hbt_fast.evaluation.results import Results
+from hbt_fast.evaluation.search import search
 from hbt_fast.evaluation.tasks import RetrievalTask
+
+ROWS = 65_536  # of vectors that are looked at together
 
 
 class EvaluationError(ValueError):
@@ -26,6 +32,14 @@ class TextEncoder(Protocol):
 
 
 def evaluate(
+    encoder: TextEncoder, task: RetrievalTask, query_prompt: str = "Query: ", passage_prompt: str = "Passage: ",
+    **options: Any,
+) -> Results:  # fmt: skip
+    """The results of `measure`, without its table of queries; the arguments are the same."""
+    return measure(encoder, task, query_prompt, passage_prompt, **options)[0]
+
+
+def measure(
     encoder: TextEncoder,
     task: RetrievalTask,
     query_prompt: str = "Query: ",
@@ -37,8 +51,8 @@ def evaluate(
     top_k: int = 10,
     progress: bool = False,
     log: Callable[[str], None] | None = print,
-) -> Results:
-    """Evaluates an encoder on a task in the settings Mo, Cr and Mul.
+) -> tuple[Results, PerQuery]:
+    """Evaluates an encoder on a task: in the settings Mo, Cr and Mul, or, if the task has pools, within these.
 
     Args:
         encoder: anything with `TextEncoder.encode`; vectors are compared by inner product.
@@ -52,60 +66,87 @@ def evaluate(
         progress: passed on to the encoder.
         log: gets one line per phase with its time; None: silent.
 
+    Returns:
+        the results, and every measure of every query.
+
     Raises:
         EvaluationError: NaN or infinite vectors, a wrong shape, dimensions of queries and candidates that differ.
     """
-    seconds: dict[str, float] = {}
-    log = log or (lambda line: None)
-
-    def phase(name: str, what: str, started: float) -> None:
-        seconds[name] = round(time.perf_counter() - started, 3)
-        log(f"{name:<18} {seconds[name]:9.1f} s   {what}")
-
-    started = time.perf_counter()
-    q_Nd = _encode(encoder, task.queries, query_prompt, "query", progress)
-    phase("encode queries", f"{len(q_Nd):,} texts, {q_Nd.shape[1]} dimensions", started)
-    started = time.perf_counter()
-    p_Md = _encode(passage_encoder or encoder, task.candidates, passage_prompt, "candidate", progress)
-    phase("encode candidates", f"{len(p_Md):,} texts", started)
+    clock = _Clock(log)
+    with clock.phase("encode queries") as done:
+        q_Nd = _encode(encoder, task.queries, query_prompt, "query", progress)
+        done(f"{len(q_Nd):,} texts, {q_Nd.shape[1]} dimensions")
+    with clock.phase("encode candidates") as done:
+        p_Md = _encode(passage_encoder or encoder, task.candidates, passage_prompt, "candidate", progress)
+        done(f"{len(p_Md):,} texts")
     if q_Nd.shape[1] != p_Md.shape[1]:
         raise EvaluationError(f"query vectors have {q_Nd.shape[1]} dimensions, candidate vectors {p_Md.shape[1]}")
+    about = {
+        "groups": task.groups,
+        "left_out": task.left_out,
+        "prompts": {"query": query_prompt, "passage": passage_prompt},
+        "seconds": clock.seconds,
+    }
+    if task.pools is not None:
+        measures = _in_pools(q_Nd, p_Md, task, clock)
+        results = summarise_pools(measures, task.query_languages, len(p_Md), task.name, model, **about)
+    else:
+        with clock.phase("rank") as done:
+            ranks = exact_ranks(
+                q_Nd, p_Md, task.query_languages, task.candidate_languages, task.offsets, task.relevant, device=device
+            )
+            done(f"{len(ranks.query):,} exact ranks, matrix products {ranks.product_seconds:.1f} s")
+        measures = per_query(ranks, task.gains)
+        with clock.phase("search") as done:
+            k = min(top_k, len(p_Md))
+            # Ranks may run on a GPU that this FAISS cannot use: search falls back to the CPU by itself.
+            _, indices = search(q_Nd, p_Md, k, device="cpu" if device == "cpu" else "auto")
+            measures |= language_bias(indices, task.query_languages, task.candidate_languages)
+            done(f"top {k} of {len(p_Md):,}")
+        results = summarise(ranks, task.name, model, measures=measures, gains=task.gains, **about)
+    measured = {name: values for name, values in measures.items() if not np.isnan(values).all()}
+    return results, PerQuery(task.name, task.query_ids, task.query_languages, measured)
 
-    started = time.perf_counter()
-    ranks = exact_ranks(
-        q_Nd, p_Md, task.query_languages, task.candidate_languages, task.offsets, task.relevant, device=device
-    )
-    phase("rank", f"{len(ranks.query):,} exact ranks, matrix products {ranks.product_seconds:.1f} s", started)
 
-    started = time.perf_counter()
-    k = min(top_k, len(p_Md))
-    # Ranks may run on a GPU that this FAISS cannot use: search falls back to the CPU by itself.
-    _, indices = search(q_Nd, p_Md, k, device="cpu" if device == "cpu" else "auto")
-    bias = language_bias(indices, task.query_languages, task.candidate_languages, task.offsets, task.relevant)
-    phase("search", f"top {k} of {len(p_Md):,}", started)
-    return summarise(
-        ranks,
-        task.name,
-        model,
-        bias=bias,
-        prompts={"query": query_prompt, "passage": passage_prompt},
-        seconds=seconds,
-    )
+def _in_pools(q_Nd: np.ndarray, p_Md: np.ndarray, task: RetrievalTask, clock: _Clock) -> dict[str, np.ndarray]:
+    from hbt_fast.evaluation.ranks import pool_ranks
+
+    with clock.phase("rank") as done:
+        ranks = pool_ranks(q_Nd, p_Md, task.offsets, task.relevant, task.pools)
+        done(f"{len(task.pools[1]):,} candidates in {len(q_Nd):,} pools")
+    query = np.repeat(np.arange(len(q_Nd)), np.diff(task.offsets))
+    return in_pools(ranks, query, len(q_Nd), task.gains)
+
+
+class _Clock:
+    """Times phases and says how long they took."""
+
+    def __init__(self, log: Callable[[str], None] | None) -> None:
+        self.log, self.seconds = log or (lambda line: None), {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[str], None]]:
+        started, said = time.perf_counter(), []
+        yield said.append
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+        self.log(f"{name:<18} {self.seconds[name]:9.1f} s   {' '.join(said)}")
 
 
 def _encode(encoder: TextEncoder, texts: list[str], prompt: str, kind: str, progress: bool) -> np.ndarray:
     """Encodes each distinct text once: equal texts then have bit-equal vectors, whatever batch they would have met."""
     distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    vectors = np.asarray(encoder.encode(list(distinct), prompt=prompt, progress=progress))
+    vectors = np.asanyarray(encoder.encode(list(distinct), prompt=prompt, progress=progress))
     if vectors.ndim != 2 or len(vectors) != len(distinct):
         raise EvaluationError(
             f"the encoder must return one vector per {kind}, ({len(distinct)}, d); it returned shape {vectors.shape}"
         )
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    pieces = range(0, len(vectors), ROWS)  # the vectors may be a file larger than the memory
+    bad = np.concatenate([np.flatnonzero(~np.isfinite(vectors[i : i + ROWS]).all(axis=1)) + i for i in pieces])
     if len(bad):
         text = list(distinct)[bad[0]]
         raise EvaluationError(
             f"{len(bad)} of {len(distinct)} {kind} vectors hold NaN or infinity, the first for {text[:80]!r}. "
             "A diverged training run or half precision that overflows are the usual causes."
         )
-    return vectors.astype(np.float32, copy=False)[[distinct[text] for text in texts]]
+    vectors = vectors.astype(np.float32, copy=False)
+    return vectors if len(distinct) == len(texts) else vectors[[distinct[text] for text in texts]]

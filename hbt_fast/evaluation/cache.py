@@ -1,0 +1,90 @@
+"""Vectors kept on disk between evaluations: one .npy file per encoder, prompt and list of texts.
+
+Its name is a hash of what the vectors depend on (`encoding.identity`: weights, tokenizer, settings, prompt) and of the
+texts, so a changed model or corpus never meets old vectors. An encoding that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from hbt_fast.encoder import Encoder
+from hbt_fast.encoder.encoding import How, identity
+
+
+def default_folder() -> Path:
+    """Where the desktop keeps caches: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hbt_fast" / "embeddings"
+
+
+class CachedEncoder:
+    """An encoder that looks in a folder first; what `hbt_fast.evaluation.run.evaluate` needs of one.
+
+    Args:
+        encoder: whose weights do not change meanwhile.
+        folder: of the vectors; it is made, and may be emptied at any time. None: nothing is kept.
+        dimensions: keep the first so many, normalised again; None: all.
+        log: told what was reused, and where vectors went.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        folder: str | Path | None,
+        dimensions: int | None = None,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self.encoder, self.log, self.dimensions = encoder, log, dimensions
+        self.folder = None if folder is None else Path(folder)
+        # Without the prompt: a checksum of all weights takes a second or so, and a prompt changes nothing about them.
+        how = How("", 0, encoder.dimension if dimensions is None else dimensions, "float32")
+        self.identity = identity(encoder, how) if folder is not None else {}
+
+    def encode(self, texts: Sequence[str], prompt: str = "", progress: bool = False) -> np.ndarray:
+        """(n, d) float32 unit vectors of the texts, from the folder if they are there.
+
+        Args:
+            texts: n strings.
+            prompt: put before each of them.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            EncoderError: as `Encoder.encode` does, or because another process encodes the same texts at this moment.
+        """
+        options = {"dimensions": self.dimensions, "progress": progress}
+        if self.folder is None or not len(texts):
+            return self.encoder.encode(texts, prompt, **options)
+        path = self.folder / f"{self._key(texts, prompt)}.npy"
+        shape = (len(texts), self.dimensions or self.encoder.dimension)
+        found = _vectors(path, shape)
+        if found is not None:
+            self.log(f"{len(texts):,} vectors from {path}")
+            return found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.encoder.encode(texts, prompt, out=path, **options)
+        self.log(f"{len(texts):,} vectors kept in {path}")
+        return _vectors(path, shape)
+
+    def _key(self, texts: Sequence[str], prompt: str) -> str:
+        state = xxhash.xxh3_128(json.dumps({**self.identity, "prompt": prompt}, sort_keys=True).encode())
+        for text in texts:
+            raw = text.encode("utf-8", "surrogatepass")
+            state.update(len(raw).to_bytes(8, "little"))  # so that ["ab", "c"] is not ["a", "bc"]
+            state.update(raw)
+        return state.hexdigest()
+
+
+def _vectors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The file mapped into memory; None if it is not there or is damaged."""
+    try:
+        # Copy on write: torch warns of arrays that cannot be written to. Nobody writes, so nothing is copied.
+        vectors_nd = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return vectors_nd if vectors_nd.shape == shape and vectors_nd.dtype == np.float32 else None

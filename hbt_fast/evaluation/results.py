@@ -1,0 +1,226 @@
+"""What an evaluation measured, as JSON and as a Markdown page. The measures themselves are in `metrics`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+NAMES = {
+    "mo": "Mo", "cr": "Cr", "mul": "Mul", "map": "mAP", "rank_distance": "rank distance",
+    "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10",
+}  # fmt: skip
+_PAPER = ("mo", "cr", "mul", "rank_distance")
+_CUTOFFS = ("ndcg@10", "recall@100", "mrr@10", "map")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation measured. All lists run over `languages`; NaN stands for "no such queries".
+
+    Args:
+        task: name of the task.
+        model: what was evaluated, for reports.
+        languages: L codes.
+        queries: number of queries.
+        candidates: number of candidates.
+        mo: mAP, query and pool in one language, mean over languages.
+        cr: mAP, pool in one other language, mean over ordered language pairs.
+        mul: mAP, pool of all languages, mean over query languages.
+        rank_distance: macro mean over query languages.
+        matrix: L rows of L mAPs, query language by pool language.
+        mul_by_language: mAP in the whole pool by query language.
+        rank_distance_by_language: by query language.
+        cutoffs: nDCG@10, Recall@100, MRR@10 by pool: "own" and "all", or "re-ranking".
+        bias: accuracy@1 and the share of the top results in the query's own language, see `bias.language_bias`.
+        prompts: what was put before queries and passages.
+        seconds: wall time by phase.
+        by_language: measure -> its mean over the queries of each language; "cr" is the mean over the other languages.
+        groups: group of languages -> measure -> macro mean over the languages of the group.
+        left_out: queries of the data without a relevant candidate, which nothing can be measured with.
+        notes: lines for the reader: the index that was searched, the split, and the like.
+    """
+
+    task: str
+    model: str
+    languages: list[str]
+    queries: int
+    candidates: int
+    mo: float
+    cr: float
+    mul: float
+    rank_distance: float
+    matrix: list[list[float]]
+    mul_by_language: list[float]
+    rank_distance_by_language: list[float]
+    cutoffs: dict[str, dict[str, float]] = field(default_factory=dict)
+    bias: dict[str, float] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    by_language: dict[str, list[float]] = field(default_factory=dict)
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether a query has relevant candidates in other languages than its own: Mo, Cr, Mul are what counts then."""
+        return math.isfinite(self.cr) or math.isfinite(self.rank_distance)
+
+    def headline(self) -> str:
+        """The figures that such a task is reported by, on one line per pool."""
+        if self.parallel:
+            parts = [f"{NAMES[name]} {getattr(self, name):.4f}" for name in _PAPER[:3] if self._has(name)]
+            return "  ".join([*parts, f"RD {self.rank_distance:.1f}"] if self._has("rank_distance") else parts)
+        lines = []
+        for pool, value in (("own", self.mo), ("all", self.mul), ("re-ranking", math.nan)):
+            if pool not in self.cutoffs or (pool == "all" and len(self.languages) == 1):
+                continue
+            values = self.cutoffs[pool] if math.isnan(value) else {**self.cutoffs[pool], "map": value}
+            lines.append("  ".join(f"{NAMES.get(name, name)} {x:.4f}" for name, x in values.items()))
+            if pool == "all":
+                lines[-1] += "  (pool of all languages)"
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Strict JSON (NaN becomes null); `from_json` gives equal results back."""
+        return json.dumps(_map_floats(asdict(self), lambda x: None if math.isnan(x) else x), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Results:
+        """Reads what `to_json` wrote, now or in an earlier version; raises ValueError with the reason on all else."""
+        try:
+            return cls(**_map_nulls(json.loads(text)))
+        except TypeError as error:
+            raise ValueError(f"not a result file of hbt_fast.evaluate: {error}") from error
+
+    def to_markdown(self) -> str:
+        """The tables of what there is: headline, groups, query languages, mAP by query and passage language."""
+        n = len(self.languages)
+        said = f"{self.queries:,} queries, {self.candidates:,} candidates, {n} language{'s' * (n > 1)}."
+        if self.left_out:
+            said += f" {self.left_out:,} further queries have no relevant candidate and are left out."
+        single = n == 1 and not self.parallel
+        parts = [
+            f"# {self.model or 'model'} on {self.task}",
+            said + (" mAP over the full ranking." if self._has("mo") or self._has("cr") else ""),
+            _table(["mAP"], [[_number("mo", self.mo)]]) * self._has("mo")
+            if single
+            else self._columns(_PAPER, [("", lambda name: getattr(self, name))]),
+            self._cutoffs(single),
+            _table(list(self.bias), [[_number(name, x) for name, x in self.bias.items()]]) if self.bias else "",
+            self._groups(),
+            "" if single else self._by_language(),
+            self._pairs(),
+            *self.notes,
+            f"Prompts: {self.prompts}" if self.prompts else "",
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def of_language(self, name: str) -> list[float]:
+        """A measure by query language; empty if there is none of this name.
+
+        Args:
+            name: such as "mo", "cr" (the mean over the other languages), "ndcg@10".
+        """
+        if name in self.by_language:
+            return self.by_language[name]
+        old = {"mul": self.mul_by_language, "rank_distance": self.rank_distance_by_language}
+        if name in ("mo", "cr") and self.matrix:
+            cells = np.array(self.matrix, dtype=np.float64)
+            own = np.eye(len(cells), dtype=bool)
+            return [nanmean(row[mask]) for row, mask in zip(cells, own if name == "mo" else ~own, strict=True)]
+        return old.get(name, [])
+
+    def _has(self, name: str) -> bool:
+        return math.isfinite(getattr(self, name))
+
+    def _columns(
+        self, names: Iterable[str], rows: Sequence[tuple[str, Callable[[str], float]]], corner: str = ""
+    ) -> str:
+        """A table with those measures as columns that some row has; with one unnamed row, without row names."""
+        there = [name for name in names if any(math.isfinite(get(name)) for _, get in rows)]
+        if not there:
+            return ""
+        body = [[_number(name, get(name)) for name in there] for _, get in rows]
+        header = ["Cr (mean)" if name == "cr" and corner == "query" else NAMES.get(name, name) for name in there]
+        if len(rows) > 1 or rows[0][0]:
+            header, body = [corner, *header], [[row, *cells] for (row, _), cells in zip(rows, body, strict=True)]
+        return _table(header, body)
+
+    def _cutoffs(self, single: bool) -> str:
+        pools = {pool: values for pool, values in self.cutoffs.items() if not (single and pool == "all")}
+        if not pools:
+            return ""
+        names = list(dict.fromkeys(name for values in pools.values() for name in values))
+        if single or list(pools) == ["re-ranking"]:
+            return self._columns(names, [("", next(iter(pools.values())).get)])
+        return self._columns(names, [(pool, _getter(values)) for pool, values in pools.items()], "pool")
+
+    def _groups(self) -> str:
+        if not self.groups:
+            return ""
+        names = list(dict.fromkeys(name for values in self.groups.values() for name in values))
+        rows = [(group, _getter(values)) for group, values in self.groups.items()]
+        return "Macro means over groups of query languages:\n\n" + self._columns(names, rows, "group")
+
+    def _by_language(self) -> str:
+        rows = [
+            (language, lambda name, i=i: (self.of_language(name) or [math.nan] * len(self.languages))[i])
+            for i, language in enumerate(self.languages)
+        ]
+        rest = [name for name in self.by_language if name not in _PAPER]
+        tables = [self._columns(names, rows, "query") for names in (_PAPER, rest)]
+        return "\n\n".join(["By query language:", *(table for table in tables if table)]) if any(tables) else ""
+
+    def _pairs(self) -> str:
+        if not math.isfinite(self.cr):
+            return ""
+        rows = [[row, *(_number("", x, 3) for x in xs)] for row, xs in zip(self.languages, self.matrix, strict=True)]
+        table = _table(["", *self.languages], rows)
+        return f"mAP by query language (row) and passage language (column):\n\n{table}"
+
+
+def nanmean(values: np.ndarray) -> float:
+    """The mean of what is not NaN; of nothing it is NaN, without a warning.
+
+    Args:
+        values: any shape.
+    """
+    valid = values[~np.isnan(values)]
+    return float(valid.mean()) if valid.size else math.nan
+
+
+def _getter(values: dict[str, float]) -> Callable[[str], float]:
+    return lambda name: values.get(name, math.nan)
+
+
+def _number(name: str, value: float, places: int = 4) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.1f}" if name == "rank_distance" else f"{value:.{places}f}"
+
+
+def _map_floats(value: Any, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_floats(x, change) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_map_floats(x, change) for x in value]
+    return change(value) if isinstance(value, float) else value
+
+
+def _map_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_nulls(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_map_nulls(x) for x in value]
+    return math.nan if value is None else value
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
