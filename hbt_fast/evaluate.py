@@ -1,6 +1,8 @@
 """The evaluation program: ``python -m hbt_fast.evaluate MODEL --task xquad-r --data DIR [--out results.json]``.
 
-Prints mAP in the settings Mo, Cr, Mul and the rank distance, and with --out writes JSON, Markdown and a heat map.
+Prints what a task is reported by: mAP in the settings Mo, Cr, Mul and the rank distance; nDCG@10, Recall@100, MRR@10;
+accuracy of bitext. With --out it writes JSON, a Markdown page, a picture, and all measures query by query for
+``python -m hbt_fast.compare``. Vectors are kept, so a second evaluation of the same model and data takes seconds.
 """
 
 from __future__ import annotations
@@ -9,38 +11,76 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hbt_fast.data.rows import DataError
 from hbt_fast.encode import add_encoder_arguments, at_least_one, load_encoder
 
+if TYPE_CHECKING:
+    from hbt_fast.evaluation.bitext_data import BitextTask
+    from hbt_fast.evaluation.results import Results
+    from hbt_fast.evaluation.tasks import RetrievalTask
+
 DEFAULT_PROMPTS = ("Query: ", "Passage: ")  # the prefixes of arXiv 2408.10536
+TASKS = """tasks and their data:
+  xquad-r, mlqa-r        LAReQA's folder with one <language>.json each; mlqa-r may have holes
+  beir, miracl, mr-tydi  corpus, queries (or topics) and qrels as these are unpacked, or so in a folder per language
+  rerank                 the same with a run to re-rank; or mMARCO's collections, queries, runs and qrels
+  bitext                 line-aligned files of translations (Tatoeba, NTREX)
+  jsonl                  own data: {"query": .., "passage": .., "language": ..} in each line, or as
+                         hbt_fast/evaluation/jsonl.py says"""
+OPTIONS = {  # that only some tasks have
+    "context": ("xquad-r", "mlqa-r"),
+    "split": ("beir", "miracl", "mr-tydi", "rerank"),
+    "index": ("xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "jsonl"),
+    "before": ("xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank", "jsonl"),
+}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace; exits with 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m hbt_fast.evaluate", description="mAP (Mo, Cr, Mul) and rank distance of a dense retriever."
+        prog="python -m hbt_fast.evaluate",
+        description="mAP (Mo, Cr, Mul), rank distance, nDCG@10 or bitext accuracy of a dense retriever.",
+        epilog=TASKS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_encoder_arguments(parser)
-    parser.add_argument("--task", default="xquad-r", choices=["xquad-r", "mlqa-r"])
-    parser.add_argument("--data", required=True, metavar="DIR", help="LAReQA folder with one <language>.json each")
+    tasks = ["xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank", "bitext", "jsonl"]
+    parser.add_argument("--task", default="xquad-r", choices=tasks, help="default: xquad-r")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="DIR", help="folder (of jsonl: or file) of the task"
+    )
+    parser.add_argument("--split", help="of the judgements; default: the only one there is, else test, else dev")
     parser.add_argument("--query-prompt", help="default: the one recorded with the model, else 'Query: '")
     parser.add_argument("--passage-prompt", help="default: the one recorded with the model, else 'Passage: '")
     parser.add_argument("--context", action="store_true", help="append the paragraph to each candidate sentence")
     parser.add_argument("--languages", metavar="en,de,..", help="evaluate on these languages only")
+    groups = (
+        'groups of query languages to report a mean of: "low=sw,yo;high=en,de", or a YAML or JSON file of such lists'
+    )
+    parser.add_argument("--groups", help=groups)
     parser.add_argument(
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one"
     )
     parser.add_argument("--dimensions", type=at_least_one, metavar="N", help="use the first N, normalised again")
+    index = "what the top-k search goes through; of the approximate ones their loss is reported. All else is exact"
+    parser.add_argument("--index", choices=["flat", "ivf", "ivf-pq"], help=index)
+    cache = (
+        "keep vectors here for the next time; none: do not. Default: $XDG_CACHE_HOME or ~/.cache/hbt_fast/embeddings"
+    )
+    parser.add_argument("--cache", metavar="DIR", help=cache)
     parser.add_argument("--before", type=Path, metavar="FILE.json", help="earlier results to show beside these")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write JSON here, .md and .png beside it")
+    out = "write JSON here; .md, .png and .queries.npz beside it"
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help=out)
     args = parser.parse_args(argv)
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out must end in .json (the .md and .png go beside it), not {args.out}")
+    for option, tasks in OPTIONS.items():
+        if getattr(args, option) and args.task not in tasks:
+            parser.error(f"--{option} is for --task {', '.join(tasks)}, not for {args.task}")
     return args
 
 
@@ -65,21 +105,88 @@ def recorded_prompts(model: str | Path) -> dict[str, str]:
 
 
 def choose_prompts(args: argparse.Namespace) -> tuple[tuple[str, str], list[str]]:
-    """Command line, then the model's own record, then the defaults; with one line per prompt saying which it was."""
+    """Command line, then the model's own record, then the defaults; with one line per prompt saying which it was.
+
+    Bitext has sentences on both sides: the query's prompt goes before all, and there is none by default.
+    """
     recorded = recorded_prompts(args.model)
+    bitext = args.task == "bitext"
     chosen, lines = [], []
     for kind, given, default in zip(
         ("query", "passage"), (args.query_prompt, args.passage_prompt), DEFAULT_PROMPTS, strict=True
     ):
         if given is not None:
             prompt, source = given, "command line"
+        elif bitext and kind == "passage":
+            prompt, source = chosen[0], "as the queries'"
         elif kind in recorded:
             prompt, source = recorded[kind], "recorded with the model"
         else:
-            prompt, source = default, f"default; none recorded with the model, set another with --{kind}-prompt"
+            prompt = "" if bitext else default
+            source = f"default; none recorded with the model, set another with --{kind}-prompt"
         chosen.append(prompt)
         lines.append(f"{kind} prompt {prompt!r} ({source})")
     return (chosen[0], chosen[1]), lines
+
+
+def parse_groups(text: str) -> dict[str, list[str]]:
+    """Groups of languages from the command line.
+
+    Args:
+        text: "low=sw,yo;high=en,de", or the path of a YAML or JSON file {low: [sw, yo], high: [en, de]}.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if text.endswith((".json", ".yaml", ".yml")):
+        import yaml
+
+        try:
+            found = yaml.safe_load(Path(text).read_text(encoding="utf-8"))  # JSON is YAML
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"--groups {text}: {error}") from error
+    else:
+        pairs = [part.partition("=") for part in text.split(";") if part.strip()]
+        found = {name.strip(): [code.strip() for code in codes.split(",")] for name, _, codes in pairs}
+    lists = list(found.values()) if isinstance(found, dict) else []
+    if not lists or not all(
+        isinstance(codes, list) and codes and all(isinstance(c, str) and c for c in codes) for codes in lists
+    ):
+        raise DataError(
+            f'--groups {text}: write "low=sw,yo;high=en,de", or a file with {{low: [sw, yo], high: [en, de]}}'
+        )
+    return found
+
+
+def load_task(args: argparse.Namespace) -> RetrievalTask | BitextTask:
+    """The task that the command line names.
+
+    Raises:
+        DataError: its data cannot be read; names file and line.
+    """
+    languages = args.languages.split(",") if args.languages else None
+    if args.task == "bitext":
+        from hbt_fast.evaluation.bitext_data import load_bitext
+
+        task = load_bitext(args.data, languages)
+    elif args.task in ("xquad-r", "mlqa-r"):
+        from hbt_fast.evaluation import lareqa
+
+        load = lareqa.xquad_r if args.task == "xquad-r" else lareqa.mlqa_r
+        task = load(args.data, context=args.context, languages=languages)
+    elif args.task == "jsonl":
+        from hbt_fast.evaluation.jsonl import jsonl
+
+        task = jsonl(args.data, languages)
+    elif args.task == "rerank":
+        from hbt_fast.evaluation.reranking import reranking
+
+        task = reranking(args.data, args.split, languages)
+    else:
+        from hbt_fast.evaluation.beir import beir
+
+        task = beir(args.data, args.split, languages)
+    return replace(task, groups=parse_groups(args.groups)) if args.groups else task
 
 
 def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, str], Any] = load_encoder) -> int:
@@ -87,46 +194,78 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
     args = parse(argv)
     import torch
 
-    from hbt_fast.encoder import EncoderError
-    from hbt_fast.evaluation import lareqa
-    from hbt_fast.evaluation.metrics import Results
-    from hbt_fast.evaluation.report import comparison, write_report
-    from hbt_fast.evaluation.run import EvaluationError, evaluate
-
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise DataError("--device cuda, but torch sees no GPU; take --device cpu or auto")
         device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        languages = args.languages.split(",") if args.languages else None
-        load_task = lareqa.xquad_r if args.task == "xquad-r" else lareqa.mlqa_r
         # Cheap checks first: nobody should wait for a model to learn that a path is wrong.
-        task = load_task(args.data, context=args.context, languages=languages)
-        before = _read_before(args.before, task.languages, Results) if args.before else None
-        (query_prompt, passage_prompt), lines = choose_prompts(args)
-        print(f"{task.name}: {len(task.queries):,} queries, {len(task.candidates):,} candidates, {task.languages}")
-        print("\n".join(lines))
-        encoder = load(args, device)
-        if args.dimensions:
-            encoder = SimpleNamespace(encode=partial(encoder.encode, dimensions=args.dimensions))
-        results = evaluate(
-            encoder, task, query_prompt, passage_prompt, model=str(args.model), device=args.device,
-            progress=sys.stderr.isatty(),
-        )  # fmt: skip
-        print(f"\n{results.to_markdown()}")
-        if before is not None:
-            print(comparison(before, results))
-        print(f"Mo {results.mo:.4f}  Cr {results.cr:.4f}  Mul {results.mul:.4f}  RD {results.rank_distance:.1f}")
-        if args.out:
-            print("wrote " + ", ".join(map(str, write_report(results, args.out, before))))
-    except (DataError, EncoderError, EvaluationError, OSError) as error:
+        task = load_task(args)
+        before = _read_before(args.before, task.languages) if args.before else None
+        prompts, lines = choose_prompts(args)
+        print("\n".join([_described(task), *lines]))
+        encoder = _cached(load(args, device), args)
+        run = _bitext if args.task == "bitext" else _retrieval
+        run(args, encoder, task, prompts, before)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _read_before(file: Path, languages: list[str], results_type: Any) -> Any:
+def _described(task: RetrievalTask | BitextTask) -> str:
+    if not hasattr(task, "candidates"):
+        return f"{task.name}: {len(task.pairs):,} pairs of languages"
+    left_out = f"; {task.left_out:,} queries have no relevant candidate and are left out" if task.left_out else ""
+    many = f"{len(task.queries):,} queries, {len(task.candidates):,} candidates, {task.languages}"
+    return f"{task.name}: {many}{left_out}"
+
+
+def _cached(encoder: Any, args: argparse.Namespace) -> Any:
+    from hbt_fast.encoder import Encoder
+    from hbt_fast.evaluation.cache import CachedEncoder, default_folder
+
+    if not isinstance(encoder, Encoder):
+        return encoder
+    folder = None if args.cache == "none" else args.cache or default_folder()
+    return CachedEncoder(encoder, folder, args.dimensions)
+
+
+def _retrieval(
+    args: argparse.Namespace, encoder: Any, task: RetrievalTask, prompts: tuple[str, str], before: Results | None
+) -> None:
+    from hbt_fast.evaluation.report import comparison, write_report
+    from hbt_fast.evaluation.run import measure
+
+    results, per_query = measure(
+        encoder, task, *prompts, model=str(args.model), device=args.device, index=args.index or "flat",
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    print(f"\n{results.to_markdown()}")
+    if before is not None:
+        print(comparison(before, results))
+    print(results.headline())
+    if args.out:
+        print("wrote " + ", ".join(map(str, write_report(results, args.out, before, per_query))))
+
+
+def _bitext(args: argparse.Namespace, encoder: Any, task: BitextTask, prompts: tuple[str, str], _: None) -> None:
+    from hbt_fast.evaluation.bitext import evaluate_bitext
+
+    results = evaluate_bitext(
+        encoder, task, prompts[0], target_prompt=prompts[1], model=str(args.model), device=args.device,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    print(f"\n{results.to_markdown()}")
+    print(results.headline())
+    if args.out:
+        print("wrote " + ", ".join(map(str, results.write(args.out))))
+
+
+def _read_before(file: Path, languages: list[str]) -> Results:
+    from hbt_fast.evaluation.results import Results
+
     try:
-        before = results_type.from_json(file.read_text(encoding="utf-8"))
+        before = Results.from_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"--before {file}: {error}") from error
     if before.languages != languages:

@@ -141,6 +141,20 @@ def cutoffs(rank: np.ndarray, query: np.ndarray, n: int, gains: np.ndarray | Non
     }
 
 
+def found_metrics(ranks: Ranks, indices: np.ndarray, gains: np.ndarray | None = None) -> dict[str, float]:
+    """The same of what a search of the pool of all languages found, to set beside the exact values.
+
+    Args:
+        ranks: from `exact_ranks`; of it only what is relevant.
+        indices: (N, k) int64 candidates, best first; -1: none.
+        gains: (R,) above 0; None: all 1.
+    """
+    hits_Rk = indices[ranks.query] == ranks.relevant[:, None]
+    rank = np.where(hits_Rk.any(axis=1), hits_Rk.argmax(axis=1) + 1.0, np.inf)
+    values = cutoffs(rank, ranks.query, len(ranks.query_languages), gains)
+    return {name: nanmean(_by_language(x, ranks)) for name, x in values.items()}
+
+
 def per_query(ranks: Ranks, gains: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Every measure of every query.
 

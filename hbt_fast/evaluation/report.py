@@ -1,4 +1,8 @@
-"""Results on disk: JSON, a Markdown page, and a heat map of mAP by query language and passage language."""
+"""Results on disk: JSON, a Markdown page, a picture, and every measure of every query.
+
+The picture is a heat map of mAP by query language and passage language; where answers are in the language of their
+question only, bars by language.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
-from hbt_fast.evaluation.metrics import Results
+from hbt_fast.evaluation.queries import PerQuery
+from hbt_fast.evaluation.results import NAMES, Results
 
 
-def write_report(results: Results, out: str | Path, before: Results | None = None) -> list[Path]:
-    """Writes OUT.json, OUT.md and OUT.png (the suffix of `out` is replaced).
+def write_report(
+    results: Results, out: str | Path, before: Results | None = None, per_query: PerQuery | None = None
+) -> list[Path]:
+    """Writes OUT.json, OUT.md and OUT.png (the suffix of `out` is replaced), and OUT.queries.npz.
 
     Args:
         results: what was measured.
         out: path; its folder is made if need be.
         before: an earlier evaluation on the same languages; page and plot then show both and the change.
+        per_query: the same query by query, for `hbt_fast.compare`; None: no .queries.npz is written.
 
     Returns:
-        the three paths.
+        the paths.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -27,20 +35,68 @@ def write_report(results: Results, out: str | Path, before: Results | None = Non
     page = results.to_markdown()
     if before is not None:
         page += "\n" + comparison(before, results)
-    page += f"\n![mAP by query and passage language]({paths[2].name})\n"
+    what = "mAP by query and passage language" if results.parallel else "results by language"
+    page += f"\n![{what}]({paths[2].name})\n"
     paths[1].write_text(page, encoding="utf-8")
-    heat_map(results, paths[2], before)
-    return paths
+    draw = heat_map if results.parallel else language_bars
+    draw(results, paths[2], before)
+    return paths if per_query is None else [*paths, per_query.write(out.with_suffix(".queries.npz"))]
 
 
 def comparison(before: Results, after: Results) -> str:
     """A Markdown table of the headline figures before and after."""
-    lines = ["| | Mo | Cr | Mul | rank distance |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name, r in (("before", before), ("after", after)):
-        lines.append(f"| {name} | {r.mo:.4f} | {r.cr:.4f} | {r.mul:.4f} | {r.rank_distance:,.1f} |")
-    change = [f"{getattr(after, key) - getattr(before, key):+.4f}" for key in ("mo", "cr", "mul")]
-    lines.append(f"| change | {' | '.join(change)} | {after.rank_distance - before.rank_distance:+,.1f} |")
-    return "\n".join(lines) + "\n"
+    old, new = before.figures(), after.figures()
+    names = [name for name in new if name in old]
+    rows = {"before": old, "after": new, "change": {name: new[name] - old[name] for name in names}}
+    lines = [["", *(NAMES.get(name, name) for name in names)], ["---", *["---:"] * len(names)]]
+    for row, values in rows.items():
+        sign = "+" if row == "change" else ""
+        forms = [f"{sign},.1f" if name == "rank_distance" else f"{sign}.4f" for name in names]
+        lines.append([row, *(format(values[name], form) for name, form in zip(names, forms, strict=True))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def language_bars(results: Results, path: str | Path, before: Results | None = None) -> None:
+    """Draws nDCG@10 and MRR@10 or Recall@100 by query language as bars.
+
+    Args:
+        results: what was measured.
+        path: PNG file to write.
+        before: drawn beside, paler.
+
+    Raises:
+        ValueError: `before` has other languages.
+    """
+    _same_languages(before, results)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in ("ndcg@10", "recall@100", "mrr@10") if results.of_language(name)]
+    rows = np.arange(len(results.languages))
+    figure = Figure(figsize=(2.2 + 2.4 * max(len(names), 1), 1.5 + 0.32 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [("", results, "#2b7bba", 0.0)]
+    if before is not None:
+        panels = [("before", before, "#a9cbe4", -0.2), ("after", results, "#2b7bba", 0.2)]
+    for axis, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False, sharey=True)[0], names, strict=False):
+        for label, panel, colour, shift in panels:
+            values = np.array(panel.of_language(name), dtype=float)
+            axis.barh(rows + shift, values, height=0.74 / len(panels), color=colour, label=label)
+            for row, value in zip(rows, values, strict=True):
+                if np.isfinite(value):
+                    axis.text(value + 0.01, row + shift, f"{value:.3f}", va="center", fontsize=8, color="#222")
+        axis.set_title(NAMES[name], fontsize=10, loc="left")
+        axis.set_xlim(0, 1.14)
+        axis.set_xticks([0, 0.5, 1])
+        axis.tick_params(length=0)
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+    axis.set_yticks(rows, results.languages)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    if before is not None:
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.suptitle(f"{_short(results.model) or 'model'} on {results.task}", fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
 
 
 def heat_map(results: Results, path: str | Path, before: Results | None = None) -> None:
@@ -54,8 +110,7 @@ def heat_map(results: Results, path: str | Path, before: Results | None = None) 
     Raises:
         ValueError: `before` has other languages.
     """
-    if before is not None and before.languages != results.languages:
-        raise ValueError(f"before has languages {before.languages}, after {results.languages}: they must be equal")
+    _same_languages(before, results)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,19 +126,26 @@ def heat_map(results: Results, path: str | Path, before: Results | None = None) 
         low, high = max(0.0, high - 0.05), high
     for axis, panel, when in zip(axes, panels, ("before", "after") if before else ("",), strict=True):
         image = _panel(axis, panel, low, high, font=max(5.0, min(8.5, 110 / max(n, 1))))
-        model = panel.model if len(panel.model) <= 40 else "…" + panel.model[-39:]
-        name = ": ".join(part for part in dict.fromkeys((when, model)) if part) or "mAP"
-        axis.set_title(
-            f"{name}\nMo {panel.mo:.3f}   Cr {panel.cr:.3f}   Mul {panel.mul:.3f}   "
-            f"rank distance {panel.rank_distance:,.0f}",
-            fontsize=10,
-            loc="left",
-        )
+        name = ": ".join(part for part in dict.fromkeys((when, _short(panel.model))) if part) or "mAP"
+        figures = [
+            f"{NAMES[key]} {value:,.0f}" if key == "rank_distance" else f"{NAMES[key]} {value:.3f}"
+            for key, value in panel.figures().items()
+        ]
+        axis.set_title(f"{name}\n{'   '.join(figures)}", fontsize=10, loc="left")
     axes[0].set_ylabel("query language")
     bar = figure.colorbar(image, ax=list(axes), shrink=0.85, pad=0.015, aspect=30)
     bar.outline.set_visible(False)
     bar.set_label(f"mAP, {results.task}")
     figure.savefig(path, dpi=150)
+
+
+def _same_languages(before: Results | None, results: Results) -> None:
+    if before is not None and before.languages != results.languages:
+        raise ValueError(f"before has languages {before.languages}, after {results.languages}: they must be equal")
+
+
+def _short(model: str) -> str:
+    return model if len(model) <= 40 else "…" + model[-39:]
 
 
 def _cells(results: Results) -> np.ndarray:

@@ -15,7 +15,6 @@ NAMES = {
     "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10",
 }  # fmt: skip
 _PAPER = ("mo", "cr", "mul", "rank_distance")
-_CUTOFFS = ("ndcg@10", "recall@100", "mrr@10", "map")
 
 
 @dataclass(frozen=True)
@@ -71,20 +70,28 @@ class Results:
         """Whether a query has relevant candidates in other languages than its own: Mo, Cr, Mul are what counts then."""
         return math.isfinite(self.cr) or math.isfinite(self.rank_distance)
 
-    def headline(self) -> str:
-        """The figures that such a task is reported by, on one line per pool."""
+    def figures(self) -> dict[str, float]:
+        """What such a task is reported by, of what was measured: Mo, Cr, Mul, rank distance; or cut-offs and mAP."""
         if self.parallel:
-            parts = [f"{NAMES[name]} {getattr(self, name):.4f}" for name in _PAPER[:3] if self._has(name)]
-            return "  ".join([*parts, f"RD {self.rank_distance:.1f}"] if self._has("rank_distance") else parts)
-        lines = []
-        for pool, value in (("own", self.mo), ("all", self.mul), ("re-ranking", math.nan)):
-            if pool not in self.cutoffs or (pool == "all" and len(self.languages) == 1):
-                continue
-            values = self.cutoffs[pool] if math.isnan(value) else {**self.cutoffs[pool], "map": value}
-            lines.append("  ".join(f"{NAMES.get(name, name)} {x:.4f}" for name, x in values.items()))
-            if pool == "all":
-                lines[-1] += "  (pool of all languages)"
-        return "\n".join(lines)
+            found = {name: getattr(self, name) for name in _PAPER}
+        else:
+            found = {**next(iter(self.cutoffs.values()), {}), "map": self.mo}
+            found |= {"map": self.cutoffs["re-ranking"]["map"]} if "re-ranking" in self.cutoffs else {}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def headline(self) -> str:
+        """The figures in one line, and in a second one those of the pool of all languages if the first has them not."""
+        figures = self.figures()
+        distance = [f"RD {figures.pop('rank_distance'):.1f}"] if "rank_distance" in figures else []
+        line = "  ".join([*(f"{NAMES.get(name, name)} {x:.4f}" for name, x in figures.items()), *distance])
+        if self.parallel or "all" not in self.cutoffs or len(self.languages) == 1:
+            return line
+        whole = {**self.cutoffs["all"], "map": self.mul}
+        return (
+            f"{line}\n"
+            + "  ".join(f"{NAMES.get(name, name)} {x:.4f}" for name, x in whole.items())
+            + ("  (pool of all languages)")
+        )
 
     def to_json(self) -> str:
         """Strict JSON (NaN becomes null); `from_json` gives equal results back."""

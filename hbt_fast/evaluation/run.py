@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from hbt_fast.evaluation.bias import language_bias
-from hbt_fast.evaluation.metrics import in_pools, per_query, summarise, summarise_pools
+from hbt_fast.evaluation.metrics import found_metrics, in_pools, per_query, summarise, summarise_pools
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks
 from hbt_fast.evaluation.results import Results
@@ -49,6 +50,7 @@ def measure(
     model: str = "",
     device: str = "auto",
     top_k: int = 10,
+    index: str = "flat",
     progress: bool = False,
     log: Callable[[str], None] | None = print,
 ) -> tuple[Results, PerQuery]:
@@ -63,6 +65,8 @@ def measure(
         model: name for reports.
         device: where ranks and search run: "auto", "cpu" or "cuda".
         top_k: depth at which language bias is measured; cut to the number of candidates.
+        index: what the search for language bias goes through, see `search.search`. Of an approximate one, what its top
+            100 lose is reported too, as a further line of `Results.cutoffs`; all else comes from exact ranks.
         progress: passed on to the encoder.
         log: gets one line per phase with its time; None: silent.
 
@@ -97,13 +101,17 @@ def measure(
             )
             done(f"{len(ranks.query):,} exact ranks, matrix products {ranks.product_seconds:.1f} s")
         measures = per_query(ranks, task.gains)
+        approximate = {}
         with clock.phase("search") as done:
-            k = min(top_k, len(p_Md))
+            k = min(top_k if index == "flat" else max(top_k, 100), len(p_Md))
             # Ranks may run on a GPU that this FAISS cannot use: search falls back to the CPU by itself.
-            _, indices = search(q_Nd, p_Md, k, device="cpu" if device == "cpu" else "auto")
-            measures |= language_bias(indices, task.query_languages, task.candidate_languages)
-            done(f"top {k} of {len(p_Md):,}")
+            _, indices = search(q_Nd, p_Md, k, device="cpu" if device == "cpu" else "auto", index=index)
+            measures |= language_bias(indices[:, :top_k], task.query_languages, task.candidate_languages)
+            if index != "flat":
+                approximate = {f"all, by {index}": found_metrics(ranks, indices, task.gains)}
+            done(f"top {k} of {len(p_Md):,}, {index}")
         results = summarise(ranks, task.name, model, measures=measures, gains=task.gains, **about)
+        results = replace(results, cutoffs={**results.cutoffs, **approximate})
     measured = {name: values for name, values in measures.items() if not np.isnan(values).all()}
     return results, PerQuery(task.name, task.query_ids, task.query_languages, measured)
 

@@ -108,6 +108,54 @@ class RetrievalTask:
             if len(members) and (members.min() < 0 or members.max() >= m):
                 raise DataError(f"{self.name}: the candidates of pools must lie in 0 .. {m - 1}")
 
+    def subset(self, queries: int, seed: int, candidates: int | None = None) -> RetrievalTask:
+        """A smaller task of the same kind, for an evaluation that must be quick; equal arguments give equal tasks.
+
+        Args:
+            queries: query ids to keep, drawn at random; parallel questions share one, so each stays in all languages.
+            seed: of the draw.
+            candidates: to keep about so many: all that are relevant to the queries, or in their pools, and others drawn
+                at random. With fewer candidates every measure rises. None: all.
+
+        Raises:
+            DataError: less than one query.
+        """
+        if queries < 1:
+            raise DataError(f"{self.name}: a subset of {queries} queries; at least 1 is needed")
+        rng = np.random.default_rng(seed)
+        ids = sorted(set(self.query_ids))
+        drawn = {ids[i] for i in rng.permutation(len(ids))[:queries]}
+        rows = np.array([i for i, key in enumerate(self.query_ids) if key in drawn])
+        offsets, places = _kept(self.offsets, rows)
+        needed = np.zeros(len(self.candidates), bool)
+        needed[self.relevant[places]] = True
+        pools = None
+        if self.pools is not None:
+            pool_offsets, pool_places = _kept(self.pools[0], rows)
+            pools = pool_offsets, self.pools[1][pool_places]
+            needed[pools[1]] = True
+        if candidates is not None:
+            others = rng.permutation(np.flatnonzero(~needed))
+            needed[others[: max(0, candidates - int(needed.sum()))]] = True
+        kept = np.arange(len(needed)) if candidates is None else np.flatnonzero(needed)
+        place = np.cumsum(needed) - 1 if candidates is not None else np.arange(len(needed))
+        languages = [self.query_languages[i] for i in rows]
+        groups = {group: [code for code in members if code in set(languages)] for group, members in self.groups.items()}
+        return RetrievalTask(
+            f"{self.name}, {len(drawn):,} of {len(ids):,} questions",
+            [self.queries[i] for i in rows],
+            languages,
+            [self.query_ids[i] for i in rows],
+            [self.candidates[i] for i in kept],
+            [self.candidate_languages[i] for i in kept],
+            offsets,
+            place[self.relevant[places]],
+            gains=None if self.gains is None else self.gains[places],
+            candidate_ids=None if self.candidate_ids is None else [self.candidate_ids[i] for i in kept],
+            groups={group: members for group, members in groups.items() if members},
+            pools=None if pools is None else (pools[0], place[pools[1]]),
+        )
+
     @property
     def languages(self) -> list[str]:
         """Languages of queries and candidates, sorted: the rows and columns of every table."""
@@ -146,6 +194,13 @@ def task_from_rows(name: str, rows: Iterable[Row]) -> RetrievalTask:
         [key[0] for key in index],
         *offsets_and_members(relevant),
     )
+
+
+def _kept(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets of some rows alone, and the places of their members."""
+    sizes = np.diff(offsets)[rows]
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return starts, np.repeat(offsets[rows] - starts[:-1], sizes) + np.arange(starts[-1])
 
 
 def offsets_and_members(lists: Sequence[Collection[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,136 @@
+"""An own task as JSON Lines, in the plainest way.
+
+Questions with the passage that answers them, as in training data; the passages of all lines are the candidates:
+
+    {"query": "Who wrote Faust?", "passage": "Goethe wrote ...", "language": "en"}
+
+Or, where passages answer several questions, or none, lines of both kinds in any order, in one file or several:
+
+    {"passage": "Goethe wrote ...", "id": "p1", "language": "en"}
+    {"query": "Wer schrieb Faust?", "id": "q1", "language": "de", "relevant": ["p1"]}
+    {"query": "Who wrote Faust?", "id": "q1", "language": "en", "relevant": {"p1": 2, "p7": 1}}
+
+Questions of one id are translations of each other. Gains (graded relevance) of 0 and below are not relevant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hbt_fast.data.formats import read_jsonl, records
+from hbt_fast.data.rows import DataError, Row
+from hbt_fast.data.sources import Source, expand
+from hbt_fast.evaluation.judged import Strict
+from hbt_fast.evaluation.layouts import UNKNOWN
+from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members, task_from_rows
+
+
+class _Query(NamedTuple):
+    where: str
+    text: str
+    language: str
+    id: str
+    gains: dict[str, float]
+
+
+def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | None = None) -> RetrievalTask:
+    """The task of a file, a folder of files or a glob; .gz is read as such.
+
+    Args:
+        path: of it. N-way training data ("query": {"en": .., "de": ..}) do too.
+        languages: keep only texts in these.
+        name: shown in reports; None: the file's name.
+
+    Raises:
+        DataError: names file and line.
+    """
+    files = expand(str(path))
+    name = name or Path(path).name
+    first = next(records(files[0], Strict()), ("", {}))[1]
+    if isinstance(first.get("query"), dict):
+        rows = read_jsonl(Source(path=str(path), format="jsonl"), Strict())
+        return task_from_rows(name, _in_languages(rows, languages))
+    passages, queries = _read(files)
+    if not passages:
+        raise DataError(f'{path}: no line has a "passage", so there is nothing to find')
+    return _task(name, passages, queries, languages)
+
+
+def _in_languages(rows: Iterable[Row], languages: Sequence[str] | None) -> Iterator[Row]:
+    for row in rows:
+        sides = [
+            {code: text for code, text in side.items() if languages is None or code in languages}
+            for side in (row.queries, row.passages)
+        ]
+        if all(sides):
+            yield Row(*sides, content=row.content, where=row.where)
+
+
+def _read(files: Sequence[str]) -> tuple[dict[str, tuple[str, str]], list[_Query]]:
+    """Passages: id -> text and language; and the queries."""
+    passages, queries, seen = {}, [], set()
+    for where, record in (pair for file in files for pair in records(file, Strict())):
+        there = [kind for kind in ("query", "passage") if kind in record]
+        language, key = record.get("language", UNKNOWN), record.get("id")
+        if not there or not all(isinstance(record[kind], str) for kind in there) or not isinstance(language, str):
+            raise DataError(
+                f'{where}: a line has a "query" or a "passage" or both, and a "language", all text; the fields are '
+                f"{', '.join(record) or 'none'}"
+            )
+        if there == ["passage"]:
+            if not isinstance(key, str | int) or str(key) in passages:
+                raise DataError(f'{where}: a passage needs an "id" of its own, not {key!r}')
+            passages[str(key)] = record["passage"], language
+            continue
+        key = where.rpartition(":")[2] if key is None else str(key)
+        if (key, language) in seen:
+            raise DataError(f"{where}: another query before has the id {key!r}; only translations share one")
+        seen.add((key, language))
+        if len(there) == 2:
+            answer = f"{language}\t{record['passage']}"  # equal texts are one candidate
+            passages[answer] = record["passage"], language
+        gains = {answer: 1.0} if len(there) == 2 else _gains(record, where)
+        queries.append(_Query(where, record["query"], language, key, gains))
+    return passages, queries
+
+
+def _gains(record: dict[str, Any], where: str) -> dict[str, float]:
+    relevant = record.get("relevant")
+    if isinstance(relevant, list):
+        relevant = dict.fromkeys(relevant, 1) if all(isinstance(key, str | int) for key in relevant) else None
+    if not isinstance(relevant, dict) or not all(isinstance(gain, int | float) for gain in relevant.values()):
+        raise DataError(f'{where}: a query needs "relevant", a list of ids of passages, or {{id: gain}}')
+    return {str(key): gain for key, gain in relevant.items() if gain > 0}
+
+
+def _task(
+    name: str, passages: dict[str, tuple[str, str]], queries: list[_Query], languages: Sequence[str] | None
+) -> RetrievalTask:
+    for query in queries:
+        unknown = [key for key in query.gains if key not in passages]
+        if unknown:
+            raise DataError(f"{query.where}: no passage has the id {unknown[0]!r}")
+    keys = [key for key, (_, language) in passages.items() if languages is None or language in languages]
+    index = {key: i for i, key in enumerate(keys)}
+    wanted = [query for query in queries if languages is None or query.language in languages]
+    found = [sorted((index[key], gain) for key, gain in query.gains.items() if key in index) for query in wanted]
+    kept = [(query, pairs) for query, pairs in zip(wanted, found, strict=True) if pairs]
+    if not kept:
+        raise DataError(f"{name}: none of {len(wanted):,} queries has a relevant passage")
+    gains = np.array([gain for _, pairs in kept for _, gain in pairs], np.float32)
+    return RetrievalTask(
+        name,
+        [query.text for query, _ in kept],
+        [query.language for query, _ in kept],
+        [query.id for query, _ in kept],
+        [passages[key][0] for key in keys],
+        [passages[key][1] for key in keys],
+        *offsets_and_members([[i for i, _ in pairs] for _, pairs in kept]),
+        gains=None if (gains == 1).all() else gains,
+        candidate_ids=keys,
+        left_out=len(wanted) - len(kept),
+    )

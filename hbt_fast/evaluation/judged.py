@@ -1,0 +1,259 @@
+"""Queries, documents, judgements (qrels) and runs as the field's files have them, and the task that they make.
+
+Rules for what is not quite right: judgements of 0 and below do not make a document relevant; the same judgement twice
+is one; a query without a relevant document (or, to re-rank, without a run) is left out and counted. All else that does
+not fit together is an error that names file and line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hbt_fast.data.formats import lines, records
+from hbt_fast.data.rows import DataError
+from hbt_fast.data.sources import Problems
+from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members
+
+_IDS = ("_id", "docid", "id", "query_id", "qid", "corpus-id", "query-id")
+_TEXTS = ("text", "contents", "query", "passage")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One language's queries and documents.
+
+    Args:
+        language: of both.
+        queries: id -> text.
+        documents: id -> text.
+        judgements: query id -> document id -> gain above 0. It may name queries that are not there.
+        pools: query id -> document ids to re-rank; None: all documents are candidates.
+    """
+
+    language: str
+    queries: Mapping[str, str]
+    documents: Mapping[str, str]
+    judgements: Mapping[str, Mapping[str, float]]
+    pools: Mapping[str, Sequence[str]] | None = None
+
+
+def read_texts(paths: Iterable[Path], wanted: Collection[str] | None = None) -> dict[str, str]:
+    """Texts by id, of queries or documents.
+
+    Args:
+        paths: JSON Lines (.jsonl, .json) with an id, "text" and perhaps "title", which is put before the text with a
+            space; else lines of an id, a tab and the text. Any may be .gz.
+        wanted: take these ids only; None: all.
+
+    Raises:
+        DataError: a line without id or text, an id that occurs twice, nothing in the files; names file and line.
+    """
+    found: dict[str, str] = {}
+    paths = list(paths)
+    for path in paths:
+        for where, key, text in _jsonl(path) if ".json" in path.name else _tsv(path):
+            if wanted is not None and key not in wanted:
+                continue
+            if key in found:
+                raise DataError(f"{where}: id {key!r} occurs twice")
+            found[key] = text
+    if not found and wanted is None:
+        raise DataError(f"{paths[0]}: nothing in it")
+    return found
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, str, str]]:
+    for where, record in records(str(path), Strict()):
+        key = next((record[name] for name in _IDS if name in record), None)
+        text = next((record[name] for name in _TEXTS if name in record), None)
+        title = record.get("title") or ""
+        if not isinstance(key, str | int) or not isinstance(text, str) or not isinstance(title, str):
+            raise DataError(
+                f'{where}: an "_id" and a "text" are needed (and "title", if it is there, must be text); '
+                f"the fields are {', '.join(record) or 'none'}"
+            )
+        yield where, str(key), f"{title} {text}".strip()
+
+
+def _tsv(path: Path) -> Iterator[tuple[str, str, str]]:
+    for number, line in lines(str(path)):
+        key, tab, text = line.partition("\t")
+        if not tab or not key.strip():
+            if not line.strip():
+                continue
+            raise DataError(f"{path}:{number}: an id, a tab and a text are needed, not {line[:60]!r}")
+        yield f"{path}:{number}", key.strip(), text.strip()
+
+
+class Strict(Problems):
+    """Malformed lines end an evaluation: a score over half of the data would pass for a score."""
+
+    def __init__(self) -> None:
+        super().__init__(skip=False, skipped=[])
+
+    def report(self, where: str, reason: str) -> None:
+        raise DataError(f"{where}: {reason}")
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, float]]:
+    """Query id -> document id -> gain, of judgements above 0.
+
+    Args:
+        path: lines of "query document gain" (BEIR; with a first line of names or without) or "query 0 document gain"
+            (TREC), separated by tabs or spaces. May be .gz.
+
+    Raises:
+        DataError: a malformed line, or two judgements that contradict each other; names file and line.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for where, query, document, gain in _qrels(path):
+        if gain > 0 and found.setdefault(query, {}).setdefault(document, gain) != gain:
+            raise DataError(
+                f"{where}: query {query!r} and document {document!r} were judged {found[query][document]:g} before"
+            )
+    if not found:
+        raise DataError(f"{path}: no judgement above 0, so nothing is relevant to any query")
+    return found
+
+
+def _qrels(path: Path) -> Iterator[tuple[str, str, str, float]]:
+    for number, line in lines(str(path)):
+        cells = _cells(line)
+        if not cells:
+            continue
+        gain = _number(cells[-1])
+        if number == 1 and len(cells) == 3 and gain is None:
+            continue  # query-id corpus-id score
+        if len(cells) not in (3, 4) or gain is None:
+            raise DataError(
+                f'{path}:{number}: "query document gain" or "query 0 document gain" is needed, not {line[:60]!r}'
+            )
+        yield f"{path}:{number}", cells[0], cells[-2], gain
+
+
+def read_run(path: Path) -> dict[str, list[str]]:
+    """Query id -> the documents that a first retriever found for it.
+
+    Args:
+        path: lines of "query Q0 document rank score name" (TREC), "query document rank" (MS MARCO), or query id,
+            document id, query and passage between tabs (top1000.dev). May be .gz.
+
+    Raises:
+        DataError: a malformed line, or a document twice for one query; names file and line.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for where, query, document in _run(path):
+        documents = found.setdefault(query, {})
+        if document in documents:
+            raise DataError(f"{where}: document {document!r} occurs twice for query {query!r}")
+        documents[document] = None
+    return {query: list(documents) for query, documents in found.items()}
+
+
+def _run(path: Path) -> Iterator[tuple[str, str, str]]:
+    for number, line in lines(str(path)):
+        cells = _cells(line)
+        if not cells:
+            continue
+        if len(cells) not in (3, 4, 6):
+            raise DataError(
+                f'{path}:{number}: "query Q0 document rank score name" (TREC) or "query document rank" (MS MARCO) is '
+                f"needed, not {line[:60]!r}"
+            )
+        yield f"{path}:{number}", cells[0], cells[2 if len(cells) == 6 else 1]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def refuse_unknown_in_qrels(
+    path: Path, queries: Collection[str], documents: Collection[str], of: Collection[str] | None = None
+) -> None:
+    """See that judgements above 0 name no query and no document that is not there.
+
+    Args:
+        path: of qrels.
+        queries: ids that there are.
+        documents: ids that there are.
+        of: look at the judgements of these queries only; None: all.
+
+    Raises:
+        DataError: one does; names the line.
+    """
+    rows = ((where, query, document) for where, query, document, gain in _qrels(path) if gain > 0)
+    _refuse(rows if of is None else (row for row in rows if row[1] in of), queries, documents)
+
+
+def refuse_unknown_in_run(path: Path, queries: Collection[str], documents: Collection[str]) -> None:
+    """The same for a run.
+
+    Args:
+        path: of the run.
+        queries: ids that there are.
+        documents: ids that there are.
+
+    Raises:
+        DataError: it names others; names the line.
+    """
+    _refuse(_run(path), queries, documents)
+
+
+def _refuse(rows: Iterable[tuple[str, str, str]], queries: Collection[str], documents: Collection[str]) -> None:
+    for where, query, document in rows:
+        for kind, key, known in (("query", query, queries), ("document", document, documents)):
+            if key not in known:
+                raise DataError(f"{where}: there is no {kind} {key!r} among the {kind} ids that were read")
+
+
+def judged_task(name: str, parts: Sequence[Judged], *, parallel: bool = False) -> RetrievalTask:
+    """One task of all languages; the documents that are relevant to a query are in its language.
+
+    Args:
+        name: shown in reports.
+        parts: one for each language; all have pools, or none.
+        parallel: whether equal query ids of two languages are translations of one query.
+
+    Raises:
+        DataError: no query has a relevant document.
+    """
+    texts, languages, ids, relevant, gains, pools = [], [], [], [], [], []
+    candidates, candidate_languages, candidate_ids, left_out = [], [], [], 0
+    for part in parts:
+        index = {key: i for i, key in enumerate(part.documents, len(candidates))}
+        candidates += part.documents.values()
+        candidate_ids += part.documents
+        candidate_languages += [part.language] * len(index)
+        for key, text in part.queries.items():
+            judged = part.judgements.get(key)
+            if not judged or (part.pools is not None and key not in part.pools):
+                left_out += 1
+                continue
+            ranked = sorted((index[document], gain) for document, gain in judged.items())
+            texts.append(text)
+            languages.append(part.language)
+            ids.append(key if parallel or len(parts) == 1 else f"{part.language}:{key}")
+            relevant.append([document for document, _ in ranked])
+            gains += [gain for _, gain in ranked]
+            pools.append([index[document] for document in part.pools[key]] if part.pools is not None else [])
+    if not texts:
+        raise DataError(f"{name}: none of {left_out:,} queries has a relevant document")
+    gains = np.array(gains, np.float32)
+    return RetrievalTask(
+        name, texts, languages, ids, candidates, candidate_languages, *offsets_and_members(relevant),
+        gains=None if (gains == 1).all() else gains, candidate_ids=candidate_ids, left_out=left_out,
+        pools=offsets_and_members(pools) if parts[0].pools is not None else None,
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+"""Which file of a folder is what: corpus, queries, qrels, run; of which language and of which split.
+
+Names decide, of a file or of the folder that it is in: ``corpus*``, ``docs*`` or ``collection*``; ``queries*`` or
+``topic*``; ``qrels*``; ``run*`` or ``top1000*``. So BEIR, MIRACL and Mr. TyDi are read as they are unpacked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hbt_fast.data.rows import DataError
+
+KINDS = {
+    "qrels": ("qrels",),
+    "queries": ("queries", "topic"),
+    "run": ("run", "top1000"),
+    "corpus": ("corpus", "docs", "collection"),
+}
+ENDINGS = (".jsonl", ".json", ".tsv", ".txt", ".trec")
+UNKNOWN = "und"  # ISO 639's code for a language that nobody named
+# Mr. TyDi and mMARCO write names instead of codes.
+CODES = {
+    "arabic": "ar", "bengali": "bn", "chinese": "zh", "dutch": "nl", "english": "en", "finnish": "fi", "french": "fr",
+    "german": "de", "hindi": "hi", "indonesian": "id", "italian": "it", "japanese": "ja", "korean": "ko",
+    "portuguese": "pt", "russian": "ru", "spanish": "es", "swahili": "sw", "telugu": "te", "thai": "th",
+    "vietnamese": "vi",
+}  # fmt: skip
+_SPLITS = ("train", "dev", "test", "testA", "testB", "validation")
+
+
+def files_by_kind(folders: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of folders and of the folders in them, by what they are.
+
+    Args:
+        folders: of one language.
+    """
+    found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+    for folder in folders:
+        for path in [*folder.glob("*"), *folder.glob("*/*")]:
+            parts = path.relative_to(folder).parts
+            if not path.is_file() or any(part.startswith(".") for part in parts):
+                continue
+            if path.name.removesuffix(".gz").endswith(ENDINGS):
+                for kind in (kind_of(part) for part in reversed(parts)):
+                    if kind:
+                        found[kind].append(path)
+                        break
+    return {kind: sorted(paths, key=lambda p: (len(p.name), p)) for kind, paths in found.items()}
+
+
+def kind_of(name: str) -> str | None:
+    """What a file or folder of this name holds; None if its name does not say.
+
+    Args:
+        name: without the folders above it.
+    """
+    return next((kind for kind, starts in KINDS.items() if name.lower().startswith(starts)), None)
+
+
+def language_folders(folder: Path, languages: Sequence[str] | None) -> dict[str, list[Path]]:
+    """Language -> folders of its files.
+
+    Args:
+        folder: holds a corpus itself, and is then of the one language named or of an unknown one; or folders, one or
+            more per language, whose names are its code or end in it: sw, miracl-v1.0-sw, miracl-corpus-v1.0-sw,
+            mrtydi-v1.1-swahili.
+        languages: keep these only; None: all.
+
+    Raises:
+        DataError: no such folder, nothing in it, or not these languages.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it must hold corpus, queries and qrels, or a folder per language")
+    if files_by_kind([folder])["qrels"] and not _per_language(folder):
+        if languages and len(languages) > 1:
+            raise DataError(f"{folder}: holds one collection, so one language can be named, not {', '.join(languages)}")
+        return {languages[0] if languages else _code(folder.name) or UNKNOWN: [folder]}
+    found = _per_language(folder)
+    if not found:
+        raise DataError(
+            f"{folder}: no corpus, queries and qrels in it, and no folder per language that has them; the names must "
+            "begin with corpus (or docs, collection), queries (or topics) and qrels, a folder of a language by "
+            "its code, as sw"
+        )
+    return chosen(folder, found, languages)
+
+
+def _per_language(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_dir() and not kind_of(p.name)):
+        if (code := _code(path.name)) and any(files_by_kind([path]).values()):
+            found.setdefault(code, []).append(path)
+    return {language: paths for language, paths in found.items() if files_by_kind(paths)["qrels"]}
+
+
+def _code(name: str) -> str | None:
+    """The language that a folder is called by."""
+    import langcodes
+
+    name = re.sub(r"^(miracl(-corpus)?|mrtydi)-v[\d.]+-", "", name)
+    return CODES.get(name, name if langcodes.tag_is_valid(name) else None)
+
+
+def chosen(folder: Path, found: dict[str, list[Path]], languages: Sequence[str] | None) -> dict[str, list[Path]]:
+    """Those of the wanted languages.
+
+    Args:
+        folder: named where one is missing.
+        found: by language.
+        languages: that are wanted; None: all.
+
+    Raises:
+        DataError: one is missing.
+    """
+    missing = [language for language in languages or () if language not in found]
+    if missing:
+        raise DataError(f"{folder}: nothing for languages {', '.join(missing)}; there are {', '.join(sorted(found))}")
+    return {language: paths for language, paths in found.items() if languages is None or language in languages}
+
+
+def of_split(paths: Sequence[Path], split: str | None, what: str, folder: Path) -> tuple[Path, str]:
+    """The file of a split, and the split's name.
+
+    Args:
+        paths: that there are of this kind.
+        split: such as "dev"; None: the only one that there is, else test, else dev.
+        what: the kind, for messages.
+        folder: the same.
+
+    Raises:
+        DataError: none, or it is unclear which.
+    """
+    if not paths:
+        raise DataError(f"{folder}: no {what} file; its name, or that of its folder, must begin with {what}")
+    if split is None and len(paths) == 1:
+        return paths[0], next((name for name in _SPLITS if name in _tokens(paths[0])), "")
+    for name in (split,) if split else ("test", "dev"):
+        found = [path for path in paths if set(name.split(".")) <= _tokens(path)]
+        if found:
+            return min(found, key=lambda path: len(path.name)), name
+    raise DataError(
+        f"{folder}: no {what} of the split {split or 'test or dev'}; there are {', '.join(p.name for p in paths)}"
+        + ("" if split else "; name one with --split")
+    )
+
+
+def queries_of_split(paths: Sequence[Path], split: str, folder: Path) -> Path:
+    """The queries of a split: its own file, else the one for all splits.
+
+    Args:
+        paths: of queries.
+        split: whose.
+        folder: for messages.
+
+    Raises:
+        DataError: there is none.
+    """
+    own = [path for path in paths if split and set(split.split(".")) <= _tokens(path)]
+    for_all = [path for path in paths if not _tokens(path) & set(_SPLITS)]
+    if not own and not for_all:
+        raise DataError(
+            f"{folder}: no queries of the split {split}; there are {', '.join(p.name for p in paths) or 'none'}"
+        )
+    return min(own or for_all, key=lambda path: len(path.name))
+
+
+def _tokens(path: Path) -> set[str]:
+    return set(re.split(r"[._-]", path.name))
