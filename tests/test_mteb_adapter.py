@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from conftest import parallel_rows
 
 mteb = pytest.importorskip("mteb")
@@ -13,11 +16,12 @@ from mteb.models import EncoderProtocol, SearchProtocol  # noqa: E402
 from mteb.tasks import TatoebaBitextMining, XQuADRetrieval  # noqa: E402
 
 from hbt_fast.encoder.export import export  # noqa: E402
+from hbt_fast.evaluation import mteb_adapter  # noqa: E402
 from hbt_fast.evaluation.lareqa import xquad_r  # noqa: E402
 from hbt_fast.evaluation.mteb_adapter import MTEBEncoder, MTEBSearch  # noqa: E402
 from hbt_fast.evaluation.mteb_tasks import MultilingualPoolRetrieval  # noqa: E402
 from hbt_fast.evaluation.run import evaluate  # noqa: E402
-from hbt_fast.evaluation.tasks import task_from_rows  # noqa: E402
+from hbt_fast.evaluation.tasks import offsets_and_members, task_from_rows  # noqa: E402
 
 ROWS = parallel_rows(40)
 PROMPTS = {"query_prompt": "Query: ", "passage_prompt": "Passage: "}
@@ -25,32 +29,42 @@ SILENT = {"cache": None, "show_progress_bar": False, "co2_tracker": False}
 
 
 class LocalXQuAD(XQuADRetrieval):
-    """mteb's XQuADRetrieval with made-up data; documents have titles, and some texts come twice."""
+    """mteb's XQuADRetrieval with made-up data: documents with and without titles, a query that comes twice."""
 
-    top_ranked = False
+    top_ranked = instructed = False
 
     def load_data(self, *args, **kwargs):
         self.hf_subsets, self.dataset, self.data_loaded = ["de", "en"], {}, True
         for language in self.hf_subsets:
-            texts = [row.passages[language] for row in ROWS[::2]]
-            titles = ["", "red stone"] * (len(texts) // 2)
-            ids = [f"d{i:02}" for i in range(len(texts))]
-            queries = [f"q{i:02}" for i in range(len(ROWS))]
-            ranked = {q: ids[i % 7 : i % 7 + 9] for i, q in enumerate(queries)} if self.top_ranked else None
+            ids, query_ids = [f"d{i:02}" for i in range(len(ROWS) // 2)], [f"q{i:02}" for i in range(len(ROWS))]
+            corpus = {
+                "id": ids,
+                "title": ["", "red stone"] * (len(ids) // 2),
+                "text": [f" {row.passages[language]} " for row in ROWS[::2]],
+            }
+            queries = {"id": query_ids, "text": [row.queries[language] for row in (*ROWS[:-1], ROWS[0])]}
+            if self.instructed:
+                queries["instruction"] = ["green old wind", "say moon"] * (len(query_ids) // 2)
+            ranked = {query: ids[i % 7 : i % 7 + 9] for i, query in enumerate(query_ids)}
             self.dataset[language] = {
                 "validation": {
-                    "corpus": Dataset.from_dict({"id": ids, "title": titles, "text": [f" {t} " for t in texts]}),
-                    "queries": Dataset.from_dict(
-                        {"id": queries, "text": [row.queries[language] for row in ROWS[:-1]] + [ROWS[0].queries["fr"]]}
-                    ),
-                    "relevant_docs": {q: {ids[i // 2]: 1} for i, q in enumerate(queries)},
-                    "top_ranked": ranked,
+                    "corpus": Dataset.from_dict(corpus),
+                    "queries": Dataset.from_dict(queries),
+                    "relevant_docs": {query: {ids[i // 2]: 1} for i, query in enumerate(query_ids)},
+                    "top_ranked": ranked if self.top_ranked else None,
                 }
             }
 
 
 class LocalReranking(LocalXQuAD):
     top_ranked = True
+
+
+class LocalInstructions(LocalXQuAD):
+    """Queries with instructions; and fewer results than documents."""
+
+    instructed = True
+    k_values = (1, 10)
 
 
 class LocalTatoeba(TatoebaBitextMining):
@@ -65,6 +79,15 @@ def scores(model, task) -> dict[str, dict[str, float]]:
     (result,) = mteb.evaluate(model, task, **SILENT).task_results
     (split,) = result.scores.values()
     return {s["hf_subset"]: {k: v for k, v in s.items() if isinstance(v, float)} for s in split}
+
+
+def some_of(source, count):
+    """A task of `count` of the queries, half of them from the end."""
+    chosen = [*range(count // 2), *range(len(source.queries) - count // 2, len(source.queries))]
+    members = [source.relevant[source.offsets[i] : source.offsets[i + 1]].tolist() for i in chosen]
+    offsets, relevant = offsets_and_members(members)
+    some = {name: [getattr(source, name)[i] for i in chosen] for name in ("queries", "query_languages", "query_ids")}
+    return replace(source, **some, offsets=offsets, relevant=relevant)
 
 
 def assert_equal(some, others, tolerance):
@@ -82,7 +105,7 @@ def test_the_adapters_are_what_mteb_asks_for(make_encoder):
     assert isinstance(search, EncoderProtocol)  # bitext mining and all else without a search
 
 
-@pytest.mark.parametrize("task", [LocalXQuAD, LocalReranking])
+@pytest.mark.parametrize("task", [LocalXQuAD, LocalReranking, LocalInstructions])
 def test_our_search_scores_as_mtebs_own(make_encoder, task):
     encoder = make_encoder()
     ours, theirs = scores(MTEBSearch(encoder, **PROMPTS), task()), scores(MTEBEncoder(encoder, **PROMPTS), task())
@@ -132,21 +155,97 @@ def test_other_models_of_mteb_run_on_the_multilingual_pool(make_encoder, tmp_pat
 
 
 def test_real_questions_score_the_same_too(shared_data, make_encoder):
-    encoder, source = make_encoder(), xquad_r(shared_data / "xquad-r", languages=["de", "en"])
-    few = task_of(source, 60)
-    own = evaluate(encoder, few, log=None)
-    got = scores(MTEBSearch(encoder, **PROMPTS), MultilingualPoolRetrieval(few))["default"]
+    encoder, source = make_encoder(), some_of(xquad_r(shared_data / "xquad-r", languages=["de", "en"]), 60)
+    own = evaluate(encoder, source, log=None)
+    got = scores(MTEBSearch(encoder, **PROMPTS), MultilingualPoolRetrieval(source))["default"]
     assert (got["mul_map"], got["rank_distance"]) == (own.mul, own.rank_distance)
 
 
-def task_of(source, count):
-    """A task of `count` of the queries, half of them from the end."""
-    from dataclasses import replace
+def test_vectors_on_disk_and_in_shards_score_the_same(make_encoder, tmp_path, monkeypatch):
+    encoder = make_encoder()
+    expected = scores(MTEBSearch(encoder), LocalXQuAD())
+    monkeypatch.setattr(mteb_adapter, "SHARD", 7)
+    assert_equal(scores(MTEBSearch(encoder, folder=tmp_path / "vectors"), LocalXQuAD()), expected, 1e-6)
+    assert [file.name for file in sorted((tmp_path / "vectors").iterdir())] == [
+        "XQuADRetrieval-de-validation.npy",
+        "XQuADRetrieval-en-validation.npy",
+    ]
 
-    from hbt_fast.evaluation.tasks import offsets_and_members
 
-    chosen = [*range(count // 2), *range(len(source.queries) - count // 2, len(source.queries))]
-    members = [source.relevant[source.offsets[i] : source.offsets[i + 1]].tolist() for i in chosen]
-    offsets, relevant = offsets_and_members(members)
-    some = {name: [getattr(source, name)[i] for i in chosen] for name in ("queries", "query_languages", "query_ids")}
-    return replace(source, **some, offsets=offsets, relevant=relevant)
+def test_kept_results_are_of_the_same_weights_prompts_and_data(make_encoder, tmp_path):
+    cache = mteb.ResultCache(cache_path=tmp_path)
+
+    def made(encoder, rows=ROWS, **options):
+        task = MultilingualPoolRetrieval(task_from_rows("made-up", rows))
+        (result,) = mteb.evaluate(MTEBSearch(encoder, **options), task, **SILENT | {"cache": cache}).task_results
+        return result.date
+
+    first = made(make_encoder())
+    assert made(make_encoder()) == first  # shown again
+    assert made(make_encoder(seed=1)) > first
+    assert made(make_encoder(), query_prompt="ask ") > first
+    assert made(make_encoder(), rows=ROWS[:-1]) > first
+
+
+def test_a_task_can_be_run_again(make_encoder):
+    task = MultilingualPoolRetrieval(task_from_rows("made-up", ROWS))
+    name, model = task.metadata.name, MTEBEncoder(make_encoder())
+    assert scores(model, task) == scores(model, task)
+    assert task.metadata.name == name != MultilingualPoolRetrieval.metadata.name
+
+
+def test_search_returns_the_best_documents(make_encoder):
+    model, task = MTEBSearch(make_encoder()), LocalXQuAD()
+    task.load_data()
+    data, about = task.dataset["en"]["validation"], {"hf_split": "validation", "hf_subset": "en"}
+    about |= {"task_metadata": task.metadata, "encode_kwargs": {"show_progress_bar": False}, "num_proc": None}
+    with pytest.raises(ValueError, match="call index"):
+        model.search(data["queries"], top_k=3, **about)
+    corpus = Dataset.from_dict(data["corpus"].to_dict() | {"id": ["same", "same", *data["corpus"]["id"][2:]]})
+    model.index(corpus, later_versions="may pass more", **about)
+    found = model.search(data["queries"], top_k=3, **about)
+    everything = model.search(data["queries"], top_k=1000, **about)
+    q_Nd = model.encoder.encode(data["queries"]["text"], "Query: ")
+    p_Md = model.encoder.encode(list(mteb_adapter.document_texts(corpus)), "Passage: ")
+    for i, query in enumerate(data["queries"]["id"]):
+        cosines = p_Md @ q_Nd[i]
+        assert sorted(everything[query]) == sorted({"same", *corpus["id"]})
+        assert everything[query]["same"] == pytest.approx(cosines[:2].max(), abs=1e-6)
+        best = {corpus["id"][j]: cosines[j] for j in np.argsort(-cosines)[:3]}
+        assert {k: v for k, v in best.items() if k != "same"} == pytest.approx(
+            {k: v for k, v in found[query].items() if k != "same"}, abs=1e-6
+        )
+    unknown = {query: ["d99"] for query in data["queries"]["id"]}
+    with pytest.raises(ValueError, match="'q00' the document 'd99'"):
+        model.search(data["queries"], top_k=3, top_ranked=unknown, **about)
+    few = model.search(data["queries"], top_k=2, top_ranked={"q01": ["d05", "d06", "d05", "d07"]}, **about)
+    assert few["q00"] == {}
+    assert len(few["q01"]) == 2
+
+
+def test_what_cannot_be_measured_is_refused(make_encoder):
+    encoder, source = make_encoder(), task_from_rows("made-up", ROWS)
+    with pytest.raises(ValueError, match="organisation/model"):
+        MTEBEncoder(encoder, name="mine")
+    with pytest.raises(ValueError, match="precision 'int8'"):
+        MTEBEncoder(encoder).embed(["a"], None, precision="int8")
+    pools = np.arange(len(source.queries) + 1), source.relevant[source.offsets[:-1]]
+    with pytest.raises(ValueError, match="re-ranking"):
+        MultilingualPoolRetrieval(replace(source, pools=pools))
+    with pytest.raises(ValueError, match="whole numbers"):
+        MultilingualPoolRetrieval(replace(source, gains=np.full(len(source.relevant), 0.5, np.float32)))
+    unknown = replace(source, query_languages=["qq"] * len(source.queries))
+    with pytest.raises(ValueError, match=r"no code for the languages \['qq'\]"):
+        MultilingualPoolRetrieval(unknown)
+    assert "cat-Latn" in MultilingualPoolRetrieval(unknown, codes={"qq": "cat-Latn"}).metadata.eval_langs
+
+    class OnlySearch:
+        mteb_model_meta = MTEBEncoder(encoder).mteb_model_meta
+        index = search = None
+
+    with pytest.raises(TypeError, match="OnlySearch gives no vectors"):
+        scores(OnlySearch(), MultilingualPoolRetrieval(source))
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        scores(MTEBSearch(encoder), LocalTatoeba())

@@ -4,7 +4,7 @@ mteb scores; encoding and search are ours. Texts go through `Encoder.encode` (so
 distinct text once), and the best candidates are found by FAISS. mteb's own search takes the products, sorts them and
 merges them by a heap in Python, one push per query and result.
 
-Floor: mteb X. Whatever later versions add to the calls is accepted and ignored.
+Floor: mteb 2.15 (`mteb.timing`). Whatever later versions add to the calls is accepted and ignored.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class MTEBSearch(MTEBEncoder):
             kwargs: what later versions of mteb may add; not used.
 
         Returns:
-            for each query id, document ids with cosines, best first.
+            for each query id, document ids with cosines, in no order that counts.
 
         Raises:
             ValueError: no corpus is indexed, or `top_ranked` names a document that is not in it.
@@ -312,10 +312,10 @@ def best_by_id(
         indices: (N, k) int64.
 
     Returns:
-        for each query id, candidate ids with scores; of candidates with the same id the best one.
+        for each query id, candidate ids with scores, worst first; of candidates with the same id the best one.
     """
     return {
-        # worst first: what comes later under the same id replaces what came before
+        # of the same id, what comes later stays
         query: dict(zip(ids[best[::-1]].tolist(), score[::-1].tolist(), strict=True))
         for query, best, score in zip(query_ids, indices, scores, strict=True)
     }
