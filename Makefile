@@ -26,7 +26,7 @@ bench: $(READY)
 
 # Without its dependencies open_clip brings no torchvision, whose wheel wants another torch; a test reads its loss only.
 # torch first and by exact version: DeepSpeed's build imports it, and a range would pull another build of it
-$(READY): setup.py csrc/tiles.cpp
+$(READY): setup.py $(wildcard csrc/*.cpp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel packaging ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check torch==2.13.0

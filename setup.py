@@ -77,7 +77,7 @@ class BuildTiles(build_ext):
 
 TILES = Extension(
     "hbt_fast._tiles",
-    ["csrc/tiles.cpp"],
+    ["csrc/tiles.cpp", "csrc/counts.cpp"],
     libraries=["torch", "torch_cpu"],
     define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")],
     extra_compile_args=["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-w"],

@@ -60,7 +60,7 @@ def relevant_of(problem, query: int) -> set[int]:
     return set(problem[5][problem[4][query] : problem[4][query + 1]].tolist())
 
 
-@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("workspace_bytes", [1, 7 * 4 * 130, 2**20])
 def test_ranks_equal_a_full_sort_with_ties(backend, workspace_bytes):
     # One row at a time, 7 rows (60 is no multiple), all rows at once.
@@ -75,7 +75,7 @@ def test_ranks_equal_a_full_sort_with_ties(backend, workspace_bytes):
 def test_both_backends_count_alike_in_every_language_block():
     for seed in range(5):
         problem = random_problem(seed, n=40, m=90, dimension=3)
-        a, b = (exact_ranks(*problem, backend=backend, device="cpu").higher for backend in ("numba", "torch"))
+        a, b = (exact_ranks(*problem, backend=backend, device="cpu").higher for backend in ("cpu", "torch"))
         assert np.array_equal(a, b)
 
 

@@ -11,13 +11,16 @@ Legend: N queries, M candidates, R relevant (query, candidate) pairs, L language
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 
 import numpy as np
 import torch
+
+from hbt_fast.evaluation.counting import Columns, columns_of, counter_of, has_triton, is_compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +47,12 @@ class Ranks:
     pool: np.ndarray
     product_seconds: float = 0.0
 
-    @property
+    @cached_property
     def in_own_pool(self) -> np.ndarray:
         """(R,) int64 rank (from 1) among the candidates of the relevant candidate's own language: Mo and Cr."""
         return 1 + self.higher[np.arange(len(self.query)), self.relevant_languages].astype(np.int64)
 
-    @property
+    @cached_property
     def in_whole_pool(self) -> np.ndarray:
         """(R,) int64 rank (from 1) among the candidates of all languages: Mul."""
         return 1 + self.higher.sum(axis=1, dtype=np.int64)
@@ -69,108 +72,166 @@ def exact_ranks(
 ) -> Ranks:
     """Ranks every relevant candidate of every query by inner product, exactly, without sorting.
 
-    Memory beyond the inputs: one copy of the candidates and one chunk of scores; never N x M. Candidates with equal
-    vectors tie up to the rounding of the matrix product, which may treat the last few columns of a matrix differently.
+    Memory beyond the inputs: one chunk of scores, the counts, and one copy of the candidates unless they are grouped by
+    language (in any order of languages): then they may also be a memory map larger than memory. Never N x M.
+    Candidates with equal vectors tie up to the rounding of the matrix product, which may treat the last few columns of
+    a matrix differently.
 
     Args:
         queries: (N, d) float32.
-        candidates: (M, d) float32.
+        candidates: (M, d) float32, an array or a memory map.
         query_languages: N codes.
         candidate_languages: M codes.
         offsets: (N + 1,) int64; relevant candidates of query i are relevant[offsets[i]:offsets[i + 1]].
         relevant: (R,) int64 candidate indices.
-        backend: "numba" counts on the CPU; "torch" is the specification in plain torch and runs on any device;
-            "auto" takes torch on a GPU and Numba elsewhere.
+        backend: "torch" is the specification in plain torch and runs on any device; "cpu" counts in C++, "triton" on a
+            GPU; "auto" takes what is quickest on the device: torch on a CPU only where the C++ part was not built.
         device: "cpu", "cuda", "cuda:1" .. or "auto" (a GPU when there is one).
-        workspace_bytes: size of one chunk of scores (at least one row).
+        workspace_bytes: size of one chunk of scores (at least one row). A chunk costs one pass over the candidates:
+            beyond a million of them, 64 rows or more (256 bytes per candidate) are quicker than the default.
 
     Raises:
         ValueError: shapes that do not fit, NaN or infinite vectors, an unknown backend or one that lacks the device.
     """
-    _check(queries, candidates, query_languages, candidate_languages, offsets)
+    _check_vectors(queries, candidates)
+    _check_pairs(len(queries), len(candidates), offsets, relevant)
+    for name, n, languages in (
+        ("queries", len(queries), query_languages),
+        ("candidates", len(candidates), candidate_languages),
+    ):
+        if len(languages) != n:
+            raise ValueError(f"{name}: {n} vectors but {len(languages)} languages")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if backend == "auto":
-        backend = "numba" if device == "cpu" else "torch"
-    if backend not in ("numba", "torch"):
-        raise ValueError(f'backend must be "auto", "numba" or "torch", not {backend!r}')
-    if backend == "numba" and device != "cpu":
-        raise ValueError(f'backend="numba" counts on the CPU only, not on {device}: take backend="torch"')
+    backend = _backend(backend, device)
 
     languages = sorted(set(query_languages) | set(candidate_languages))
     number = {language: i for i, language in enumerate(languages)}
-    language_M = np.array([number[language] for language in candidate_languages], dtype=np.int64)
-    # Stable: within a language the columns keep the order of the candidates, on which ties depend.
-    order = np.argsort(language_M, kind="stable")
-    column_M = np.empty(len(order), dtype=np.int64)
-    column_M[order] = np.arange(len(order))
+    language_N, language_M = (
+        np.array([number[language] for language in codes], dtype=np.int64)
+        for codes in (query_languages, candidate_languages)
+    )
+    offsets, relevant = (np.asarray(x, dtype=np.int64) for x in (offsets, relevant))
+    columns = columns_of(language_M, len(languages), offsets, relevant)
+    q_Nd = _tensor(queries)
+    p_Md = _tensor(candidates if columns.order is None else candidates[columns.order.numpy()]).to(device)
+    higher_RL, product_seconds = _count(q_Nd, p_Md, columns, backend, device, workspace_bytes)
+    query = np.repeat(np.arange(len(queries)), np.diff(offsets))
     pool = np.bincount(language_M, minlength=len(languages))
-    blocks = np.concatenate([[0], np.cumsum(pool)])
-    offsets = np.ascontiguousarray(offsets, dtype=np.int64)
-    relevant = np.ascontiguousarray(relevant, dtype=np.int64)
+    return Ranks(languages, language_N, query, relevant, language_M[relevant], higher_RL, pool, product_seconds)
 
-    rows = max(1, min(len(queries), workspace_bytes // (4 * len(candidates))))
-    q_Nd = torch.from_numpy(np.ascontiguousarray(queries))
-    p_Md = torch.from_numpy(candidates[order]).to(device)
-    higher = np.empty((len(relevant), len(languages)), dtype=np.int32)
-    count = _numba_counter if backend == "numba" else _torch_counter
-    counter = count(order, blocks, offsets, column_M[relevant], device)
-    s_nM = torch.empty((rows, len(candidates)), device=device)
-    product_seconds = 0.0
+
+def pool_ranks(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    offsets: np.ndarray,
+    relevant: np.ndarray,
+    pools: tuple[np.ndarray, np.ndarray],
+    *,
+    workspace_bytes: int = 64 * 2**20,
+) -> np.ndarray:
+    """Ranks each query's relevant candidates within its own pool, as re-ranking does; ties as in `exact_ranks`.
+
+    Equal vectors have equal scores here, since each score is a dot product by itself.
+
+    Args:
+        queries: (N, d) float32.
+        candidates: (M, d) float32, an array or a memory map.
+        offsets: (N + 1,) int64; relevant candidates of query i are relevant[offsets[i]:offsets[i + 1]].
+        relevant: (R,) int64 candidate indices.
+        pools: offsets (N + 1,) int64 and candidates (P,) int64: query i ranks
+            pools[1][pools[0][i]:pools[0][i + 1]], in any order, without repeats.
+        workspace_bytes: for the vectors that are multiplied at a time (at least one query's pool).
+
+    Returns:
+        (R,) int64 rank from 1; 0 for a relevant candidate that is not in its query's pool.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinite vectors.
+    """
+    _check_vectors(queries, candidates)
+    _check_pairs(len(queries), len(candidates), offsets, relevant)
+    _check_pairs(len(queries), len(candidates), *pools, ("pools[0]", "pools[1]"))
+    offsets, relevant, starts, pooled = (np.asarray(x, dtype=np.int64) for x in (offsets, relevant, *pools))
+    ranks = np.zeros(len(relevant), dtype=np.int64)
+    at_a_time = max(1, workspace_bytes // (3 * queries.itemsize * queries.shape[1]))  # both vectors and their product
+    first = 0
+    while first < len(queries):
+        # As many whole pools as fit.
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + at_a_time, side="right")) - 1)
+        mine = pooled[starts[first] : starts[last]]
+        row = np.repeat(np.arange(last - first), np.diff(starts[first : last + 1]))
+        scores = (_tensor(queries[first:last][row]) * _tensor(candidates[mine])).sum(dim=1).numpy()
+        _rank_in_pools(scores, mine, row, offsets[first : last + 1], relevant, ranks)
+        first = last
+    return ranks
+
+
+def _rank_in_pools(scores, mine, row, offsets, relevant, ranks) -> None:  # noqa: ANN001
+    """Of a chunk of queries: scores, candidates and query of each pool entry in; `ranks` of its pairs are written."""
+    counts = np.diff(offsets)
+    for slot in range(int(counts.max(initial=0))):
+        has = slot < counts
+        pair = np.where(has, offsets[:-1] + slot, 0)
+        candidate = np.where(has, relevant[pair], -1)[row]
+        is_it = mine == candidate
+        threshold = np.full(len(counts), np.inf, dtype=np.float32)  # nothing is above what is not in the pool
+        threshold[row[is_it]] = scores[is_it]
+        above = (scores > threshold[row]) | ((scores == threshold[row]) & (mine < candidate))
+        found = np.bincount(row[is_it], minlength=len(counts)) > 0
+        rank = 1 + np.bincount(row, weights=above, minlength=len(counts)).astype(np.int64)
+        ranks[pair[found]] = rank[found]
+
+
+def _count(
+    q_Nd: torch.Tensor, p_Md: torch.Tensor, columns: Columns, backend: str, device: str, workspace_bytes: int
+) -> tuple[np.ndarray, float]:
+    """Scores chunk by chunk, each counted at once: (R, L) int32 counts, and the seconds that the products took."""
+    rows = max(1, min(len(q_Nd), workspace_bytes // (4 * len(p_Md))))
+    s_nM = torch.empty((rows, len(p_Md)), device=device)
+    higher_RL = torch.zeros(columns.splits.shape, dtype=torch.int32, device=device)
+    count = counter_of(backend, columns, device)
+    spans = []
     with _full_precision():
-        for first in range(0, len(queries), rows):
+        for first in range(0, len(q_Nd), rows):
             q_nd = q_Nd[first : first + rows].to(device)
             chunk = s_nM[: len(q_nd)]
-            started = time.perf_counter()
+            begin = _mark(chunk.is_cuda)
             torch.mm(q_nd, p_Md.T, out=chunk)
-            if chunk.is_cuda:
-                torch.cuda.synchronize()
-            product_seconds += time.perf_counter() - started
-            counter(chunk, first, higher)
-    query = np.repeat(np.arange(len(queries)), np.diff(offsets))
-    language_N = np.array([number[language] for language in query_languages], dtype=np.int64)
-    return Ranks(languages, language_N, query, relevant, language_M[relevant], higher, pool, product_seconds)
+            spans.append((begin, _mark(chunk.is_cuda)))
+            count(chunk, first, higher_RL)
+    higher = higher_RL.cpu().numpy()
+    return higher, sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in spans)
 
 
-def _numba_counter(order, blocks, offsets, positions, device):  # noqa: ANN001
-    import numba
-
-    from hbt_fast.evaluation.count_kernel import count_higher
-
-    # Columns of a block ascend in candidate index: those that win ties against a candidate are a prefix of the block.
-    splits = np.stack([a + np.searchsorted(order[a:b], order) for a, b in pairwise(blocks)], axis=1).astype(np.int32)
-
-    def count(chunk: torch.Tensor, first: int, higher: np.ndarray) -> None:
-        torch_threads = torch.get_num_threads()  # before the first question to numba: starting its pool changes it
-        threads = numba.get_num_threads()
-        numba.set_num_threads(min(torch_threads, numba.config.NUMBA_NUM_THREADS))
-        try:
-            count_higher(chunk.numpy(), first, offsets, positions, blocks, splits, higher)
-        finally:
-            numba.set_num_threads(threads)
-            torch.set_num_threads(torch_threads)
-
-    return count
+def _mark(is_cuda: bool) -> float | torch.cuda.Event:
+    """The time; on a GPU an event in its queue, which nobody waits for."""
+    if is_cuda:
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+    return time.perf_counter()
 
 
-def _torch_counter(order, blocks, offsets, positions, device):  # noqa: ANN001
-    """The specification: one comparison of whole chunks per relevant candidate, ties by candidate index."""
-    index_M = torch.from_numpy(order).to(device)
+def _backend(backend: str, device: str) -> str:
+    on_cpu = torch.device(device).type == "cpu"
+    if backend not in ("auto", "torch", "cpu", "triton"):
+        raise ValueError(f'backend must be "auto", "torch", "cpu" or "triton", not {backend!r}')
+    if backend == "cpu" and not is_compiled():
+        raise ValueError('backend="cpu" needs csrc/, which this installation did not build: take backend="torch"')
+    if backend == "triton" and not has_triton():
+        raise ValueError('backend="triton" needs triton, which is not installed: take backend="torch"')
+    if backend != "torch" and backend != "auto" and (backend == "cpu") != on_cpu:
+        raise ValueError(f'backend={backend!r} does not count on device={device!r}: take backend="auto"')
+    if backend == "auto":
+        quick = ("cpu", is_compiled()) if on_cpu else ("triton", has_triton())
+        backend = quick[0] if quick[1] else "torch"
+    return backend
 
-    def count(chunk: torch.Tensor, first: int, higher: np.ndarray) -> None:
-        begins, ends = offsets[first : first + len(chunk)], offsets[first + 1 : first + len(chunk) + 1]
-        for slot in range(int((ends - begins).max(initial=0))):
-            rows = np.flatnonzero(begins + slot < ends)
-            pairs = begins[rows] + slot
-            column = torch.from_numpy(positions[pairs]).to(device)
-            # All rows have this slot more often than not: then no copy of the chunk is needed.
-            scores = chunk if len(rows) == len(chunk) else chunk[torch.from_numpy(rows).to(device)]
-            threshold = scores.gather(1, column[:, None])
-            above = (scores > threshold) | ((scores == threshold) & (index_M < index_M[column][:, None]))
-            counts = [above[:, a:b].sum(dim=1) for a, b in pairwise(blocks)]
-            higher[pairs] = torch.stack(counts, dim=1).int().cpu().numpy()
 
-    return count
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Without a copy where that is possible. Nothing here writes to it, so one that is read-only will do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.ascontiguousarray(array))
 
 
 @contextmanager
@@ -184,19 +245,29 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _check(queries, candidates, query_languages, candidate_languages, offsets) -> None:  # noqa: ANN001
-    for name, vectors, languages in (
-        ("queries", queries, query_languages),
-        ("candidates", candidates, candidate_languages),
-    ):
+def _check_vectors(queries: np.ndarray, candidates: np.ndarray) -> None:
+    for name, vectors in (("queries", queries), ("candidates", candidates)):
         if vectors.ndim != 2 or vectors.dtype != np.float32 or vectors.shape[0] == 0:
             raise ValueError(f"{name} must be float32 of shape (n, d), n > 0, not {vectors.dtype} {vectors.shape}")
-        if len(languages) != len(vectors):
-            raise ValueError(f"{name}: {len(vectors)} vectors but {len(languages)} languages")
-        if not np.isfinite(vectors).all():
-            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise ValueError(f"{name}: vector {row} holds NaN or infinity")
+        for first in range(0, len(vectors), 65536):
+            part = vectors[first : first + 65536]
+            with np.errstate(all="ignore"):
+                if np.isfinite(part.sum()):  # quicker than a look at each; large numbers may add up to infinity too
+                    continue
+            bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+            if len(bad):
+                raise ValueError(f"{name}: vector {first + bad[0]} holds NaN or infinity")
     if queries.shape[1] != candidates.shape[1]:
         raise ValueError(f"queries have dimension {queries.shape[1]}, candidates {candidates.shape[1]}")
-    if len(offsets) != len(queries) + 1:
-        raise ValueError(f"offsets must have one entry more than the {len(queries)} queries, not {len(offsets)}")
+
+
+def _check_pairs(
+    n: int, m: int, offsets: np.ndarray, indices: np.ndarray, names: tuple[str, str] = ("offsets", "relevant")
+) -> None:
+    """Compiled loops read where these say."""
+    if len(offsets) != n + 1:
+        raise ValueError(f"{names[0]} must have one entry more than the {n} queries, not {len(offsets)}")
+    if offsets[0] != 0 or offsets[-1] != len(indices) or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{names[0]} must rise from 0 to {len(indices)}, the length of {names[1]}")
+    if len(indices) and not (np.min(indices) >= 0 and np.max(indices) < m):
+        raise ValueError(f"{names[1]} must lie in 0 .. {m - 1}, the candidates")
