@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 760, 270
 LEFT, RIGHT, TOP, BOTTOM = 76, 14, 10, 38
 COLOURS = 6
 POINTS = 60  # that a line has at most
+PALETTE = ("#3478c6", "#e08a1e", "#2a9d78", "#8d5bc9", "#d1495b", "#8a95a3")  # c0 to c5, for plots that are no page
 SCALE = np.array([(255, 255, 217), (199, 233, 180), (65, 182, 196), (34, 94, 168), (8, 29, 88)], float)  # YlGnBu
 
 

@@ -7,8 +7,8 @@ Carterette 2007 recommend for retrieval). Every resample is averaged as the head
 languages of the mean over queries. Several comparisons within a measure are corrected after Holm (1979).
 
 Shapes: M measures, R runs, N queries, C questions (clusters), L languages, B resamples. Axis G is "all languages, then
-each": 1 + L long. Means over queries are ratios of sums over questions, so that a resample is a row of weights times the
-(C, L) sums: 10,000 of them over XQuAD-R's 1,190 questions and 11 languages are one matrix product.
+each": 1 + L long. Means over queries are ratios of sums over questions, so that a resample is a row of weights times
+the (C, L) sums: 10,000 of them over XQuAD-R's 1,190 questions and 11 languages are one matrix product.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from hbt_fast.evaluation.queries import PerQuery
 
 CHUNK = 4_000_000  # weights that are held at a time
+CONSTANT = ("pool share",)  # of the task, not of a run
 ROUNDING = 1e-12  # differences that are equal but for the order of their sums are ties
 
 
@@ -106,7 +107,7 @@ def compare_runs(
     questions = int(question_N.max()) + 1
     if questions < 2:
         raise CompareError(f"only one question, {asked[0]!r}; tests need several")
-    shared = [name for name in first.measures if all(name in run.measures for run in runs)]
+    shared = [name for name in first.measures if name not in CONSTANT and all(name in run.measures for run in runs)]
     if not shared:
         measured = "; ".join(f"{name} has {', '.join(run.measures)}" for name, run in zip(names, runs, strict=True))
         raise CompareError(f"the runs have no measure in common: {measured}")
@@ -122,7 +123,8 @@ def compare_runs(
         sums_MRCL.append(np.stack([_sums(cell_N[there_N], values[there_N], shape) for values in values_RN]))
     if not kept:
         raise CompareError(f"no query has a value of {', '.join(shared)}")
-    measured = _measured(np.stack(sums_MRCL), np.stack(counts_MCL), resamples, level, seed)
+    averaged_L = _averaged(languages)
+    measured = _measured(np.stack(sums_MRCL), np.stack(counts_MCL), averaged_L, resamples, level, seed)
     measures = dict(zip(kept, measured, strict=True))
     return Comparison(first.task, list(names), languages, len(first.ids), questions, resamples, level, seed, measures)
 
@@ -154,7 +156,13 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def bootstrap(sums_MRCL: np.ndarray, counts_MCL: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def bootstrap(
+    sums_MRCL: np.ndarray,
+    counts_MCL: np.ndarray,
+    averaged_L: np.ndarray,
+    resamples: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """Means of every measure and run under questions drawn anew, the same draws for all of them.
 
     A language of which a resample has no query is left out of that resample's mean over languages.
@@ -162,6 +170,7 @@ def bootstrap(sums_MRCL: np.ndarray, counts_MCL: np.ndarray, resamples: int, rng
     Args:
         sums_MRCL: sums of each measure over a question's queries, by run and language.
         counts_MCL: numbers of those queries.
+        averaged_L: bool, languages that the mean over languages is of.
         resamples: B.
         rng: draws the questions.
 
@@ -177,7 +186,7 @@ def bootstrap(sums_MRCL: np.ndarray, counts_MCL: np.ndarray, resamples: int, rng
         picks += np.arange(n)[:, None] * questions
         weights = np.bincount(picks.ravel(), minlength=n * questions).reshape(n, questions).astype(np.float64)
         sums_BMRL = (weights @ sums).reshape(n, measures, runs, languages)
-        drawn.append(_means(sums_BMRL, (weights @ counts).reshape(n, measures, 1, languages)))
+        drawn.append(_means(sums_BMRL, (weights @ counts).reshape(n, measures, 1, languages), averaged_L))
     return np.concatenate(drawn)
 
 
@@ -204,12 +213,12 @@ def randomisation(parts_KC: np.ndarray, resamples: int, rng: np.random.Generator
 
 
 def _measured(
-    sums_MRCL: np.ndarray, counts_MCL: np.ndarray, resamples: int, level: float, seed: int
+    sums_MRCL: np.ndarray, counts_MCL: np.ndarray, averaged_L: np.ndarray, resamples: int, level: float, seed: int
 ) -> Iterator[Measured]:
     draw, exchange = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(2))
-    values_MRG = _means(sums_MRCL.sum(axis=2), counts_MCL.sum(axis=1)[:, None])
-    drawn_BMRG = bootstrap(sums_MRCL, counts_MCL, resamples, draw)
-    parts_MRGC = _parts(sums_MRCL, counts_MCL)
+    values_MRG = _means(sums_MRCL.sum(axis=2), counts_MCL.sum(axis=1)[:, None], averaged_L)
+    drawn_BMRG = bootstrap(sums_MRCL, counts_MCL, averaged_L, resamples, draw)
+    parts_MRGC = _parts(sums_MRCL, counts_MCL, averaged_L)
     p_MRG = randomisation(parts_MRGC.reshape(-1, parts_MRGC.shape[-1]), resamples, exchange)
     p_MRG = p_MRG.reshape(parts_MRGC.shape[:-1])
     for values_RG, drawn_BRG, p_RG in zip(values_MRG, np.moveaxis(drawn_BMRG, 1, 0), p_MRG, strict=True):
@@ -223,19 +232,27 @@ def _measured(
         )
 
 
-def _parts(sums_MRCL: np.ndarray, counts_MCL: np.ndarray) -> np.ndarray:
+def _parts(sums_MRCL: np.ndarray, counts_MCL: np.ndarray, averaged_L: np.ndarray) -> np.ndarray:
     """(M, R - 1, G, C): what every question adds to the differences to the first run; NaN for empty languages."""
     queries_ML = counts_MCL.sum(axis=1)
     gained = sums_MRCL[:, 1:] - sums_MRCL[:, :1]
     gained = gained / np.where(queries_ML > 0, queries_ML, np.nan)[:, None, None]
-    overall = np.nansum(gained, axis=-1) / np.maximum((queries_ML > 0).sum(axis=-1), 1)[:, None, None]
+    languages_M = ((queries_ML > 0) & averaged_L).sum(axis=-1)
+    overall = np.nansum(gained[..., averaged_L], axis=-1) / np.maximum(languages_M, 1)[:, None, None]
     return np.concatenate([overall[..., None, :], np.moveaxis(gained, -1, -2)], axis=-2)
 
 
-def _means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(..., L) sums and counts to (..., G) means: over languages, then of each."""
+def _averaged(languages: Sequence[str]) -> np.ndarray:
+    """(L,) bool: as in the figures of bitext, directions between varieties of a language (en>en-GB) are in no mean."""
+    pairs = [language.split(">") for language in languages]
+    averaged = np.array([len({code.partition("-")[0] for code in pair}) == len(pair) for pair in pairs])
+    return averaged if averaged.any() else ~averaged
+
+
+def _means(sums: np.ndarray, counts: np.ndarray, averaged_L: np.ndarray) -> np.ndarray:
+    """(..., L) sums and counts to (..., G) means: over the averaged languages, then of each."""
     means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    there = ~np.isnan(means)
+    there = ~np.isnan(means) & averaged_L
     total, n = np.where(there, means, 0).sum(axis=-1, keepdims=True), there.sum(axis=-1, keepdims=True)
     overall = np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
     return np.concatenate([overall, means], axis=-1)

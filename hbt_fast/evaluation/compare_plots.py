@@ -1,0 +1,217 @@
+"""A comparison as pictures: language pairs, settings with intervals, rank distance against mAP, learning curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hbt_fast.charts import PALETTE
+from hbt_fast.evaluation.compare import Comparison
+from hbt_fast.evaluation.compare_maps import PIXELS, draw_pair_differences, draw_pairs, new_figure, short
+from hbt_fast.evaluation.compare_report import PARALLEL, label, main_measures
+from hbt_fast.evaluation.compared import Run
+from hbt_fast.fonts import fonts_for
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vPX*"
+NAMED = 40  # points that are named at most
+
+
+Curve = list[tuple[int, dict[str, float]]]  # steps done and the measures then, in order
+
+
+def draw_all(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Path]:
+    """Draws what these runs have to show, as PNG files; returns their paths.
+
+    Args:
+        comparison: of the runs.
+        runs: R.
+        curves: R, evaluations during training; empty for what is not the folder of a training run.
+        folder: to write to; it exists.
+
+    Warns:
+        UserWarning: no installed font has some of the characters of names.
+    """
+    with fonts_for([comparison.task, *comparison.names, *comparison.languages]):
+        figures = {"settings": draw_settings(comparison)}
+        if all(run.pairs is not None for run in runs):
+            rows, columns, _ = runs[0].pairs
+            cells_RXY = np.stack([run.pairs[2] for run in runs])
+            figures["heat-maps"] = draw_pairs(comparison, rows, columns, cells_RXY)
+            figures["heat-maps-difference"] = draw_pair_differences(comparison, rows, columns, cells_RXY)
+        if "mul" in comparison.measures and "rank_distance" in comparison.measures:
+            figures["rank-distance"] = draw_distances(comparison)
+        if any(len(curve) > 1 for curve in curves):
+            figures["learning-curves"] = draw_curves(comparison.names, curves, comparison.task)
+        paths = []
+        for name, figure in figures.items():
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=min(150, math.sqrt(PIXELS / np.prod(figure.get_size_inches()))))
+    return paths
+
+
+def draw_settings(c: Comparison) -> Figure:
+    """Bars of the main measures that lie between 0 and 1, with intervals.
+
+    Args:
+        c: what was compared.
+    """
+    names = [name for name in main_measures(c) if name != "rank_distance"]
+    runs, width = len(c.names), 0.8 / len(c.names)
+    figure, axes = new_figure(max(5.5, 1.2 + 0.42 * len(names) * (runs + 1)), 4.6)
+    top = 0.0
+    for run, (colour, name) in enumerate(zip(_colours(runs), c.names, strict=True)):
+        values = np.array([c.measures[m].values[run, 0] for m in names])
+        ends = np.array([c.measures[m].intervals[run, 0] for m in names])
+        x = np.arange(len(names)) + (run - (runs - 1) / 2) * width
+        axes.bar(x, values, 0.92 * width, color=colour, label=short(name))
+        highs = values
+        if not np.isnan(ends).any():
+            highs = ends[:, 1]
+            axes.errorbar(x, values, np.abs(ends.T - values), fmt="none", ecolor="#222", elinewidth=1, capsize=2)
+        top = max(top, np.nanmax(highs))
+        for place, value, high in zip(x, values, highs, strict=True):
+            axes.annotate(
+                f"{value:.3f}".lstrip("0"), (place, high), (0, 3), textcoords="offset points", ha="center", fontsize=7.5
+            )
+    axes.set_xticks(range(len(names)), [label(m) for m in names])
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(0, 1.08 * top or 1)
+    axes.set_ylabel("mAP" if set(names) <= set(PARALLEL) else "")
+    axes.tick_params(axis="x", length=0)
+    _finish(figure, axes, c, runs)
+    return figure
+
+
+def draw_distances(c: Comparison) -> Figure:
+    """Rank distance against mAP in the pool of all languages: of every run with intervals, and faintly by language.
+
+    Args:
+        c: what was compared.
+    """
+    figure, axes = new_figure(8.4, 5.6)
+    runs, codes, bars = len(c.names), [], []
+    for run, (colour, name) in enumerate(zip(_colours(runs), c.names, strict=True)):
+        x, y = (c.measures[m].values[run] for m in ("rank_distance", "mul"))
+        axes.plot(x[1:], y[1:], MARKERS[run % len(MARKERS)], color=colour, alpha=0.35, markersize=3.5, mew=0)
+        codes += [(a, b, code, colour) for a, b, code in zip(x[1:], y[1:], c.languages, strict=True) if a == a]
+        ends = [c.measures[m].intervals[run, 0] for m in ("rank_distance", "mul")]
+        if not np.isnan(ends).any():
+            across, along = (np.abs(e - v)[:, None] for e, v in zip(ends, (x[0], y[0]), strict=True))
+            bars += [(*(ends[0]), y[0], y[0]), (x[0], x[0], *(ends[1]))]
+            axes.errorbar(x[0], y[0], along, across, fmt="none", ecolor=colour, elinewidth=1.4, capsize=2.5)
+        axes.plot(
+            x[0],
+            y[0],
+            MARKERS[run % len(MARKERS)],
+            color=colour,
+            markersize=9,
+            mec="white",
+            label=short(name),
+            zorder=5,
+        )
+    axes.set_xlabel("rank distance (lower is better)")
+    axes.set_ylabel("mAP, pool of all languages")
+    axes.grid(color="#e6eaef", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.06)
+    _finish(figure, axes, c, runs, "large: all languages; small: each query language")
+    if len(codes) <= NAMED:
+        _name_points(figure, axes, codes, bars)
+    return figure
+
+
+def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Figure:
+    """The evaluations of training runs over their steps, a panel for each measure.
+
+    Args:
+        names: R.
+        curves: R; one of a single point is a dot.
+        task: its name.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    there = [m for m in PARALLEL if any(m in values for curve in curves for _, values in curve)]
+    figure, axes = new_figure(9.5, 3.2 * math.ceil(len(there) / 2) + 0.6, math.ceil(len(there) / 2), min(2, len(there)))
+    panels = list(np.ravel(axes))
+    for panel, m in zip(panels, there, strict=False):
+        for run, (colour, name, curve) in enumerate(zip(_colours(len(names)), names, curves, strict=True)):
+            points = [(step, values[m]) for step, values in curve if m in values]
+            if points:
+                mark = MARKERS[run % len(MARKERS)]
+                panel.plot(*zip(*points, strict=True), f"{mark}-", color=colour, markersize=4, label=short(name))
+        panel.set_title(label(m) + (", lower is better" if m == "rank_distance" else ""), loc="left", fontsize=10)
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panel.grid(color="#e6eaef", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[len(there) :]:
+        panel.remove()
+    figure.supxlabel("training steps", fontsize=10)
+    figure.suptitle(f"Evaluations during training, {task}", x=0.01, ha="left", fontsize=11)
+    _legend(figure, panels[0], len(names))
+    return figure
+
+
+def _name_points(
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[tuple[float, float, str, Any]],
+    bars: Sequence[tuple[float, float, float, float]],
+) -> None:
+    """Words beside their points, on a side where neither a word nor a bar lies yet; left out where there is none."""
+    figure.draw_without_rendering()  # lays the axes out, which decides what is near
+    scale = 72 / figure.dpi
+    taken = []  # left, right, low, high in points
+    for left, right, low, high in bars:
+        (x0, y0), (x1, y1) = axes.transData.transform([(left, low), (right, high)]) * scale
+        taken.append((x0 - 2, x1 + 2, y0 - 2, y1 + 2))
+    for x, y, text, colour in points:
+        at = axes.transData.transform((x, y)) * scale
+        wide, high = 5.2 * len(text) + 1, 8
+        beside = 5 + wide / 2
+        for dx, dy in (
+            (beside, 0),
+            (-beside, 0),
+            (0, 8),
+            (0, -8),
+            (beside, 7),
+            (-beside, -7),
+            (beside, -7),
+            (-beside, 7),
+        ):
+            box = (at[0] + dx - wide / 2, at[0] + dx + wide / 2, at[1] + dy - high / 2, at[1] + dy + high / 2)
+            if all(box[0] >= t[1] or box[1] <= t[0] or box[2] >= t[3] or box[3] <= t[2] for t in taken):
+                taken.append(box)
+                style = {"fontsize": 7.5, "color": colour, "alpha": 0.9, "ha": "center", "va": "center"}
+                axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", annotation_clip=False, **style)
+                break
+
+
+def _finish(figure: Figure, axes: Axes, c: Comparison, runs: int, more: str = "") -> None:
+    bars = f"whiskers: {100 * c.level:g}% intervals" if c.resamples else ""
+    axes.set_title("; ".join(part for part in (short(c.task, 40, 1), bars, more) if part), loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, axes, runs)
+
+
+def _legend(figure: Figure, axes: Axes, runs: int) -> None:
+    """Below the plot, in as many columns as the longest name leaves room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max((len(line) for text in labels for line in text.split("\n")), default=1)
+    columns = max(1, min(runs, int(figure.get_size_inches()[0] * 13 / (longest + 6))))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+
+
+def _colours(runs: int) -> list[Any]:
+    if runs <= len(PALETTE):
+        return list(PALETTE[:runs])
+    from matplotlib import colormaps
+
+    return [colormaps["tab20"](i % 20) for i in range(runs)]
