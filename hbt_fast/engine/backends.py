@@ -49,13 +49,13 @@ def _fill_with_nan(module: nn.Module) -> None:
 
 
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (biases and layer norms are one-dimensional)."""
+    """AdamW with weight decay on matrices only (biases and layer norms are one-dimensional), as one pass over memory."""
     trained = [p for _, p in trained_parameters(module)]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=True)
 
 
 class TorchEngine:
@@ -116,7 +116,7 @@ class TorchEngine:
         self.updates = updates
         for name, p in trained_parameters(self.module):
             state = {key: moments[f"{name}.{key}"].to(p.device) for key in MOMENTS}
-            self.optimizer.state[p] = {"step": torch.tensor(float(updates)), **state}
+            self.optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **state}
 
 
 class DeepSpeedEngine:
@@ -211,7 +211,8 @@ class DeepSpeedEngine:
         flat = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
         for partition in flat:
             zeros = {key: torch.zeros_like(partition) for key in MOMENTS}
-            zero.optimizer.state[partition] = {"step": torch.tensor(float(updates)), **zeros}
+            step = torch.tensor(float(updates), device=partition.device)
+            zero.optimizer.state[partition] = {"step": step, **zeros}
         self._link_moments()
         for name, p in trained_parameters(self.module):
             for key in MOMENTS:
