@@ -1,4 +1,4 @@
-"""Claims about search, results on disk, and the evaluation program from the command line."""
+"""Claims about the evaluation program: its tasks and options, vectors kept on disk, what it writes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from test_evaluation_tasks import paragraph, write
 from hbt_fast import evaluate as program
 from hbt_fast.data.rows import DataError
 from hbt_fast.encoder.export import export
+from hbt_fast.evaluation.cache import CachedEncoder
 from hbt_fast.evaluation.lareqa import xquad_r
-from hbt_fast.evaluation.metrics import Results
-from hbt_fast.evaluation.report import heat_map, write_report
+from hbt_fast.evaluation.queries import PerQuery
+from hbt_fast.evaluation.report import heat_map, language_bars, write_report
+from hbt_fast.evaluation.results import Results
 from hbt_fast.evaluation.run import EvaluationError, evaluate
 
 
@@ -37,6 +39,12 @@ class WordEncoder:
                 vectors[-1][5] = np.nan
         vectors = np.array(vectors, dtype=np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "hbt_fast" / "embeddings"
 
 
 @pytest.fixture
@@ -103,6 +111,14 @@ def test_program_prints_and_writes(folder, tmp_path, capsys):
     assert "query prompt 'Query: ' (default" in printed
     assert out.with_suffix(".md").is_file()
     assert out.with_suffix(".png").is_file()
+    table = PerQuery.read(tmp_path / "out.queries.npz")
+    assert table.ids == ["q1", "q2", "q1", "q2"]
+    assert table.languages == ["de", "de", "en", "en"]
+    assert set(table.measures) >= {
+        "mo", "cr", "mul", "rank_distance", "ndcg@10", "recall@100", "mrr@10", "accuracy@1", "own-language@1",
+    }  # fmt: skip
+    for name in ("mo", "mul", "rank_distance"):
+        assert table.measures[name].mean() == pytest.approx(getattr(results, name))
 
 
 def test_program_takes_the_first_dimensions(folder, tmp_path, capsys, make_encoder):
@@ -173,3 +189,217 @@ def test_program_evaluates_a_real_encoder(folder, tmp_path, make_encoder, capsys
     printed = capsys.readouterr().out
     assert "(recorded with the model)" in printed
     assert "Mo " in printed
+
+
+def test_a_second_evaluation_takes_its_vectors_from_the_cache(
+    folder, tmp_path, make_encoder, capsys, cache, monkeypatch
+):
+    model = str(export(make_encoder(), tmp_path / "model"))
+    outs = [tmp_path / "first.json", tmp_path / "second.json"]
+    printed = []
+    for out in outs:
+        assert program.main([model, "--data", str(folder), "--out", str(out), "--device", "cpu"]) == 0
+        printed.append(capsys.readouterr().out)
+        monkeypatch.setattr("hbt_fast.encoder.encoding._embedded", None)  # from now on nothing can be encoded
+    assert len(list(cache.glob("*.npy"))) == 2
+    assert f"4 vectors kept in {cache}" in printed[0]
+    assert f"4 vectors from {cache}" in printed[1]
+    first, second = (Results.from_json(out.read_text()) for out in outs)
+    assert replace(first, seconds={}) == replace(second, seconds={})
+
+
+def test_the_cache_can_be_elsewhere_or_off(folder, tmp_path, make_encoder, cache):
+    model = str(export(make_encoder(), tmp_path / "model"))
+    assert program.main([model, "--data", str(folder), "--cache", "none"]) == 0
+    assert not cache.exists()
+    assert program.main([model, "--data", str(folder), "--cache", str(tmp_path / "here")]) == 0
+    assert len(list((tmp_path / "here").glob("*.npy"))) == 2
+
+
+def test_vectors_of_another_encoder_prompt_or_text_are_not_taken(tmp_path, make_encoder):
+    import torch
+
+    encoder, said = make_encoder(), []
+    texts = ["red cat", "blue dog"]
+
+    def encode(encoder, texts, prompt, dimensions=None):
+        return CachedEncoder(encoder, tmp_path, dimensions, said.append).encode(texts, prompt)
+
+    def fresh(encoder, texts, prompt, dimensions=None):
+        return np.array_equal(
+            encode(encoder, texts, prompt, dimensions), encoder.encode(texts, prompt, dimensions=dimensions)
+        )
+
+    assert fresh(encoder, texts, "q: ")
+    assert fresh(encoder, texts, "p: ")
+    assert fresh(encoder, texts[::-1], "q: ")
+    assert fresh(encoder, texts, "q: ", 4)
+    assert fresh(encoder, ["red ca", "tblue dog"], "q: ")
+    encoder.max_length = 3
+    assert fresh(encoder, texts, "q: ")
+    encoder.max_length = 512
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(1.5)
+    assert fresh(encoder, texts, "q: ")
+    assert not any(line.startswith("2 vectors from") for line in said)
+    assert fresh(encoder, texts, "q: ")
+    assert said[-1].startswith("2 vectors from")
+    damaged = max(tmp_path.glob("*.npy"), key=lambda p: p.stat().st_mtime_ns)
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    assert fresh(encoder, texts, "q: ")
+    assert said[-1].startswith("2 vectors kept")
+
+
+def test_an_interrupted_encoding_goes_on(tmp_path, make_encoder, monkeypatch):
+    from hbt_fast.encoder import encoding
+
+    monkeypatch.setattr(encoding, "PIECE", 4)
+    encoder, texts, real, done = make_encoder(), [f"red cat {i}" for i in range(12)], encoding._embedded, []
+
+    def stopping(encoder, micro_batches, *rest):
+        done.append(sum(len(m.index) for m in micro_batches))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(encoder, micro_batches, *rest)
+
+    monkeypatch.setattr(encoding, "_embedded", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        CachedEncoder(encoder, tmp_path, log=str).encode(texts)
+    vectors = CachedEncoder(encoder, tmp_path, log=str).encode(texts)
+    assert done == [4, 4, 4, 4]  # the third piece twice, the first two once
+    monkeypatch.setattr(encoding, "_embedded", real)
+    assert np.array_equal(vectors, encoder.encode(texts))
+
+
+@pytest.fixture
+def miracl(tmp_path):
+    """Two languages with two questions and three passages each."""
+    for code in ("sw", "en"):
+        folder = tmp_path / "miracl" / code
+        folder.mkdir(parents=True)
+        lines = [{"docid": f"{i}", "title": "t", "text": f"{code} text {i}"} for i in range(3)]
+        (folder / "docs-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "topics.dev.tsv").write_text(f"a\t{code} a?\nb\t{code} b?\nc\t{code} c?\n")
+        (folder / "qrels.dev.tsv").write_text("a\tQ0\t0\t1\na\tQ0\t1\t2\nb\tQ0\t2\t1\n")
+        (folder / "run.txt").write_text("a Q0 0 1 9 bm25\na Q0 2 2 8 bm25\nb Q0 1 1 9 bm25\n")
+    return tmp_path / "miracl"
+
+
+def evaluated(tmp_path, *flags) -> Results:
+    out = tmp_path / "out.json"
+    arguments = ["m", "--device", "cpu", "--out", str(out), *map(str, flags)]
+    assert program.main(arguments, lambda args, device: WordEncoder()) == 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return Results.from_json(out.read_text())
+
+
+def test_program_evaluates_miracl(miracl, tmp_path, capsys):
+    groups = tmp_path / "groups.yaml"
+    groups.write_text("low: [sw]\nall: [sw, en]\n")
+    results = evaluated(tmp_path, "--task", "miracl", "--data", miracl, "--groups", groups)
+    printed = capsys.readouterr().out
+    own = results.cutoffs["own"]
+    line = f"nDCG@10 {own['ndcg@10']:.4f}  Recall@100 1.0000  MRR@10 {own['mrr@10']:.4f}  mAP {results.mo:.4f}"
+    assert line in printed
+    assert "2 queries have no relevant candidate and are left out" in printed
+    assert "nan" not in printed
+    assert results.task == "miracl (dev)"
+    assert results.left_out == 2
+    assert math.isnan(results.cr)
+    assert math.isnan(results.rank_distance)
+    assert results.groups["low"]["ndcg@10"] == results.by_language["ndcg@10"][1]
+    assert results.groups["all"]["ndcg@10"] == pytest.approx(own["ndcg@10"])
+    assert PerQuery.read(tmp_path / "out.queries.npz").ids == ["en:a", "en:b", "sw:a", "sw:b"]
+    assert set(PerQuery.read(tmp_path / "out.queries.npz").measures).isdisjoint({"cr", "rank_distance"})
+
+
+def test_program_reranks(miracl, tmp_path, capsys):
+    results = evaluated(tmp_path, "--task", "rerank", "--data", miracl, "--groups", "low=sw; high = en")
+    printed = capsys.readouterr().out
+    assert list(results.cutoffs) == ["re-ranking"]
+    assert results.cutoffs["re-ranking"]["mrr@10"] <= 0.5  # the pool of b lacks its answer
+    assert f"MRR@10 {results.cutoffs['re-ranking']['mrr@10']:.4f}" in printed.splitlines()[-2]
+    assert "nan" not in printed
+    assert set(results.groups) == {"low", "high"}
+    table = PerQuery.read(tmp_path / "out.queries.npz")
+    assert table.measures["mrr@10"][1::2].tolist() == [0, 0]
+
+
+def test_program_evaluates_one_language_and_own_jsonl(tmp_path, capsys):
+    lines = [{"query": f"{i}?", "passage": f"{i}"} for i in range(5)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = evaluated(tmp_path, "--task", "jsonl", "--data", tmp_path / "own.jsonl")
+    printed = capsys.readouterr().out
+    assert results.languages == ["und"]
+    assert f"  mAP {results.mo:.4f}\n" in printed
+    assert not any(word in printed for word in ("nan", "Cr", "Mul"))
+
+
+def test_program_evaluates_bitext(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for code in ("de", "en"):
+        (tmp_path / "data" / f"text.{code}").write_text("".join(f"{code} {i}\n" for i in range(4)))
+    arguments = ["m", "--task", "bitext", "--data", str(tmp_path / "data"), "--device", "cpu",
+                 "--out", str(tmp_path / "bitext.json")]  # fmt: skip
+    encoder = WordEncoder()
+    assert program.main(arguments, lambda args, device: encoder) == 0
+    assert {prompt for prompt, _ in encoder.calls} == {""}
+    assert PerQuery.read(tmp_path / "bitext.queries.npz").measures["accuracy"].shape == (8,)
+
+
+def test_an_approximate_index_has_a_line_of_its_own(tmp_path):
+    lines = [{"query": f"{i}", "passage": f"{i}"} for i in range(200)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--task", "jsonl", "--data", tmp_path / "own.jsonl", "--index")
+    exact, approximate = evaluated(tmp_path, *flags, "flat"), evaluated(tmp_path, *flags, "ivf")
+    assert list(approximate.cutoffs) == ["own", "all", "all, by ivf"]
+    assert approximate.cutoffs["all"] == exact.cutoffs["all"]
+    # A question with the very vector of its answer is in the cluster that is looked at.
+    assert approximate.cutoffs["all, by ivf"] == pytest.approx({"ndcg@10": 1.0, "recall@100": 1.0, "mrr@10": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--task", "xquad-r", "--split", "dev"],
+            "--split is for --task beir, miracl, mr-tydi, rerank, not for xquad-r",
+        ),
+        (["--task", "beir", "--context"], "--context is for"),
+        (["--task", "bitext", "--index", "ivf"], "--index is for"),
+        (["--task", "bitext", "--before", "x.json"], "--before is for"),
+        (["--task", "trec"], "invalid choice"),
+    ],
+)
+def test_options_that_a_task_has_not_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.parse(["m", "--data", "d", *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("low", 'write "low=sw,yo;high=en,de"'),
+        ("low=", "write"),
+        ("absent.yaml", "absent.yaml"),
+        ("FOLDER/list.json", "write"),
+        ("FOLDER/broken.yaml", "broken.yaml"),
+        ("low=xx", "group 'low': no query is in xx; the languages of the queries are de, en"),
+    ],
+)
+def test_bad_groups_are_named(folder, tmp_path, text, message, capsys):
+    (tmp_path / "list.json").write_text('["en"]')
+    (tmp_path / "broken.yaml").write_text("a: [")
+    text = text.replace("FOLDER", str(tmp_path))
+    assert program.main(["m", "--data", str(folder), "--groups", text], lambda args, device: WordEncoder()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bars_are_drawn_with_an_earlier_evaluation_beside(miracl, tmp_path):
+    results = evaluated(tmp_path, "--task", "miracl", "--data", miracl)
+    page = write_report(results, tmp_path / "two.json", replace(results, mo=0.125))[1].read_text()
+    assert "| before |" in page
+    assert "0.1250" in page
+    with pytest.raises(ValueError, match="must be equal"):
+        language_bars(results, tmp_path / "two.png", replace(results, languages=["xx", "yy"]))

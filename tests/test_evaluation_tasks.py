@@ -149,3 +149,81 @@ def test_relevant_lists_may_start_lower_than_the_one_before():
     RetrievalTask(
         "t", ["x", "y"], ["en"] * 2, ["a", "b"], ["p", "q"], ["en"] * 2, np.array([0, 1, 2]), np.array([1, 0])
     )
+
+
+def parallel(graded: bool = False, pooled: bool = False) -> RetrievalTask:
+    """30 questions in two languages, each with an answer in both; candidates 60 .. 99 answer nothing."""
+    candidates = [f"c{i}" for i in range(100)]
+    languages = ["de", "en"] * 50
+    relevant = np.array([[2 * q, 2 * q + 1] for q in range(30) for _ in range(2)])
+    offsets = np.arange(61) * 2
+    gains = np.arange(1, 121, dtype=np.float32) if graded else None
+    pools = (np.arange(61) * 3, (np.arange(180) * 7) % 100) if pooled else None
+    return RetrievalTask(
+        "made", [f"q{q} {code}" for q in range(30) for code in ("de", "en")], ["de", "en"] * 30,
+        [str(q) for q in range(30) for _ in range(2)], candidates, languages, offsets, relevant.ravel(), gains=gains,
+        candidate_ids=candidates, groups={"both": ["de", "en"]}, pools=pools,
+    )  # fmt: skip
+
+
+def test_a_subset_keeps_parallel_questions_their_answers_and_the_rest_at_random():
+    whole = parallel(graded=True)
+    small = whole.subset(10, seed=3, candidates=40)
+    assert len(small.queries) == 20
+    assert len(set(small.query_ids)) == 10
+    assert sorted(small.query_languages) == ["de"] * 10 + ["en"] * 10
+    assert len(small.candidates) == 40
+    place = {text: i for i, text in enumerate(whole.queries)}
+    for i, query in enumerate(small.queries):
+        j = place[query]
+        assert relevant_texts(small, i) == relevant_texts(whole, j)
+        assert small.gains[small.offsets[i] : small.offsets[i + 1]].tolist() == [2 * j + 1, 2 * j + 2]
+    assert small.candidates == sorted(small.candidates, key=lambda text: int(text[1:]))  # order decides ties
+    assert small.candidate_ids == small.candidates
+    assert [whole.candidate_languages[int(text[1:])] for text in small.candidates] == small.candidate_languages
+    assert small.groups == {"both": ["de", "en"]}
+    assert small.name == "made, 10 of 30 questions"
+
+
+def test_a_subset_is_a_function_of_its_seed():
+    whole = parallel()
+    again, same, other = (whole.subset(5, seed, 30) for seed in (1, 1, 2))
+    assert (again.queries, again.candidates) == (same.queries, same.candidates)
+    assert again.queries != other.queries
+    assert whole.subset(5, 1).candidates == whole.candidates
+    assert whole.subset(1000, 1, 1000).queries == whole.queries
+    assert len(whole.subset(5, 1, candidates=0).candidates) == 10  # what is relevant stays
+    with pytest.raises(DataError, match="at least 1 is needed"):
+        whole.subset(0, 1)
+
+
+def test_a_subset_keeps_pools():
+    whole = parallel(pooled=True)
+    small = whole.subset(4, 0, candidates=0)
+
+    def pools(task):
+        starts, members = task.pools
+        return {
+            query: [task.candidates[c] for c in members[starts[i] : starts[i + 1]]]
+            for i, query in enumerate(task.queries)
+        }
+
+    assert pools(small) == {query: pool for query, pool in pools(whole).items() if query in small.queries}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"gains": np.array([1.0, 0.0], np.float32)}, "gains must be above 0"),
+        ({"gains": np.ones(3, np.float32)}, "one for each of the 2 relevant"),
+        ({"candidate_ids": ["a"]}, "2 candidates but 1 candidate ids"),
+        ({"groups": {"low": ["sw"]}}, r"group 'low': no query is in sw; the languages of the queries are en"),
+        ({"groups": {"low": []}}, r"group 'low': no query is in no language"),
+        ({"pools": (np.array([0, 1]), np.array([0]))}, "offsets must run from 0 to 1 in 3 steps"),
+        ({"pools": (np.array([0, 1, 2]), np.array([0, 2]))}, r"candidates of pools must lie in 0 \.\. 1"),
+    ],
+)
+def test_inconsistent_additions_are_refused(more, message):
+    with pytest.raises(DataError, match=message):
+        RetrievalTask("t", ["x", "y"], ["en"] * 2, ["a", "b"], ["p", "q"], ["en"] * 2,
+                      np.array([0, 1, 2]), np.array([0, 1]), **more)  # fmt: skip

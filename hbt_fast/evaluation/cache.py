@@ -42,9 +42,7 @@ class CachedEncoder:
     ) -> None:
         self.encoder, self.log, self.dimensions = encoder, log, dimensions
         self.folder = None if folder is None else Path(folder)
-        # Without the prompt: a checksum of all weights takes a second or so, and a prompt changes nothing about them.
-        how = How("", 0, encoder.dimension if dimensions is None else dimensions, "float32")
-        self.identity = identity(encoder, how) if folder is not None else {}
+        self.identity = {} if folder is None else self._identity()
 
     def encode(self, texts: Sequence[str], prompt: str = "", progress: bool = False) -> np.ndarray:
         """(n, d) float32 unit vectors of the texts, from the folder if they are there.
@@ -70,6 +68,12 @@ class CachedEncoder:
         self.encoder.encode(texts, prompt, out=path, **options)
         self.log(f"{len(texts):,} vectors kept in {path}")
         return _vectors(path, shape)
+
+    def _identity(self) -> dict[str, str | int]:
+        """Without the prompt: a checksum of all weights takes a second or so, and a prompt changes none of them."""
+        # The tokenizer remembers how its last text was cut, and that is part of what identifies it: so let it be cut.
+        self.encoder.tokenise(["a"])
+        return identity(self.encoder, How("", 0, self.dimensions or self.encoder.dimension, "float32"))
 
     def _key(self, texts: Sequence[str], prompt: str) -> str:
         state = xxhash.xxh3_128(json.dumps({**self.identity, "prompt": prompt}, sort_keys=True).encode())

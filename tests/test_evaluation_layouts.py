@@ -1,0 +1,276 @@
+"""Claims about the layouts of BEIR, MIRACL, Mr. TyDi, mMARCO and own JSONL; what is wrong in them is named by line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from hbt_fast.data.rows import DataError
+from hbt_fast.evaluation.beir import beir
+from hbt_fast.evaluation.jsonl import jsonl
+from hbt_fast.evaluation.reranking import reranking
+from hbt_fast.evaluation.tasks import RetrievalTask
+
+
+def put(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(text, list):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in text)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+
+
+def relevant(task: RetrievalTask) -> dict[tuple[str, str], dict[str, float]]:
+    """(query id, language) -> text of a relevant candidate -> gain."""
+    gains = np.ones(len(task.relevant)) if task.gains is None else task.gains
+    return {
+        key: {task.candidates[task.relevant[r]]: float(gains[r]) for r in range(task.offsets[i], task.offsets[i + 1])}
+        for i, key in enumerate(zip(task.query_ids, task.query_languages, strict=True))
+    }
+
+
+def pools(task: RetrievalTask) -> list[list[str]]:
+    offsets, members = task.pools
+    return [[task.candidate_ids[c] for c in members[a:b]] for a, b in pairwise(offsets)]
+
+
+@pytest.fixture
+def scifact(tmp_path):
+    """BEIR's layout: queries of all splits in one file, judgements with a header, graded."""
+    folder = tmp_path / "scifact"
+    put(folder / "corpus.jsonl", [
+        {"_id": "d1", "title": "Albedo", "text": "is the measure", "metadata": {}},
+        {"_id": "d2", "title": "", "text": "no title"},
+        {"_id": "d3", "title": "Only title", "text": ""},
+    ])  # fmt: skip
+    put(folder / "queries.jsonl", [{"_id": q, "text": f"query {q}"} for q in ("1", "2", "3", "4")])
+    put(folder / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n1\td1\t2\n1\td3\t1\n2\td2\t1\n3\td2\t0\n")
+    put(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\n4\td1\t1\n")
+    return folder
+
+
+def test_beir(scifact):
+    task = beir(scifact)
+    assert task.name == "scifact (test)"
+    assert relevant(task) == {
+        ("1", "und"): {"Albedo is the measure": 2, "Only title": 1}, ("2", "und"): {"no title": 1},
+    }  # fmt: skip
+    assert task.candidate_ids == ["d1", "d2", "d3"]
+    assert task.left_out == 2  # one is judged 0, one is of another split
+    assert beir(scifact, "train", ["en"]).query_languages == ["en"]
+    assert beir(scifact, "train").gains is None
+
+
+def test_miracl(tmp_path):
+    """The folders of its two repositories side by side; ids repeat between languages and are not parallel."""
+    for code, answer in (("sw", "Nairobi"), ("yo", "Abuja")):
+        folder = tmp_path / f"miracl-v1.0-{code}"
+        for split in ("train", "dev"):
+            put(folder / "topics" / f"topics.miracl-v1.0-{code}-{split}.tsv", f"0#0\t{split} {code}?\n")
+            put(folder / "qrels" / f"qrels.miracl-v1.0-{code}-{split}.tsv", "0#0\tQ0\t1#0\t1\n0#0\tQ0\t2#0\t0\n")
+        corpus = tmp_path / f"miracl-corpus-v1.0-{code}"
+        put(corpus / "docs-0.jsonl.gz", [{"docid": "1#0", "title": code, "text": answer}])
+        put(corpus / "docs-1.jsonl.gz", [{"docid": "2#0", "title": code, "text": "other"}])
+    task = beir(tmp_path, name="miracl")
+    assert task.name == "miracl (dev)"
+    assert relevant(task) == {("sw:0#0", "sw"): {"sw Nairobi": 1}, ("yo:0#0", "yo"): {"yo Abuja": 1}}
+    assert task.queries == ["dev sw?", "dev yo?"]
+    assert task.candidate_ids == ["1#0", "2#0", "1#0", "2#0"]
+    assert beir(tmp_path, "train", ["yo"]).queries == ["train yo?"]
+    with pytest.raises(DataError, match="nothing for languages de; there are sw, yo"):
+        beir(tmp_path, languages=["de", "sw"])
+    with pytest.raises(DataError, match="no qrels of the split testA; there are qrels"):
+        beir(tmp_path, "testA")
+
+
+@pytest.mark.parametrize("ir_format", [False, True])
+def test_mr_tydi(tmp_path, ir_format):
+    """The unpacked archive, and the judgements of its hub repository."""
+    folder = tmp_path / "mrtydi-v1.1-swahili"
+    put(folder / "collection" / "docs.jsonl.gz", [{"id": "1#0", "contents": "Kenya\n\nMji mkuu ni Nairobi."}])
+    for split in ("train", "dev", "test"):
+        names = ("ir-format-data/topics.{}.txt", "ir-format-data/qrels.{}.txt") if ir_format else (
+            "topic.{}.tsv", "qrels.{}.txt")  # fmt: skip
+        put(folder / names[0].format(split), f"7\t{split}?\n")
+        put(folder / names[1].format(split), "7 0 1#0 1\n" if split != "train" else "7\tQ0\t1#0\t1\n")
+    for where in (folder, tmp_path):
+        task = beir(where)
+        assert (task.queries, task.query_languages, task.query_ids) == (["test?"], ["sw"], ["7"])
+        assert beir(where, "train").queries == ["train?"]
+        assert task.candidates == ["Kenya\n\nMji mkuu ni Nairobi."]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("qrels/test.tsv", "1\td9\t1\n", r"test\.tsv:1: there is no document 'd9'"),
+        ("qrels/test.tsv", "1\td1\t1\n9\td1\t1\n", r"test\.tsv:2: there is no query '9'"),
+        ("qrels/test.tsv", "1\td1\t1\n1\td1\t2\n", r"test\.tsv:2: query '1' and document 'd1' were judged 1 before"),
+        ("qrels/test.tsv", "1\td1\t0\n2\td1\t-1\n", r"test\.tsv: no judgement above 0"),
+        ("qrels/test.tsv", "1\td1\t1\n1 d1\n", r"test\.tsv:2: \"query document gain\" or"),
+        ("qrels/test.tsv", "1\td1\t1\n2\td1\tyes\n", r"test\.tsv:2: .* is needed, not '2\\td1\\tyes'"),
+        ("qrels/test.tsv", "1\td1\t1\n2\td1\tnan\n", r"test\.tsv:2: "),
+        ("qrels/test.tsv", "", r"test\.tsv: empty file"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n', r":2: id 'd1' occurs twice"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d2"', r"corpus\.jsonl:2: not JSON"),
+        ("corpus.jsonl", '{"_id": "d1", "body": "a"}\n', r"corpus.*:1: an \"_id\" and a .* _id, body"),
+        ("corpus.jsonl", '{"_id": "d1", "text": null}\n', r"corpus\.jsonl:1: an"),
+        ("corpus.jsonl", "", r"corpus\.jsonl: empty file"),
+        ("corpus.jsonl", "\n", r"corpus\.jsonl: nothing in it"),
+        ("queries.jsonl", '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n', r":2: id '1' occurs twice"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_by_file_and_line(scifact, name, text, message):
+    put(scifact / name, text)
+    with pytest.raises(DataError, match=message):
+        beir(scifact)
+
+
+def test_missing_files_are_named(tmp_path, scifact):
+    with pytest.raises(DataError, match="no such folder"):
+        beir(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no corpus, queries and qrels in it"):
+        beir(tmp_path / "empty")
+    with pytest.raises(DataError, match="one language can be named, not en, de"):
+        beir(scifact, languages=["en", "de"])
+    with pytest.raises(DataError, match="no run file to re-rank"):
+        reranking(scifact)
+    (scifact / "queries.jsonl").unlink()
+    with pytest.raises(DataError, match="no queries of the split test; there are none"):
+        beir(scifact)
+    (scifact / "corpus.jsonl").unlink()
+    with pytest.raises(DataError, match="no corpus file"):
+        beir(scifact)
+
+
+def test_a_judgement_twice_is_one_and_lines_may_be_empty(scifact):
+    put(scifact / "qrels" / "test.tsv", "1\td1\t1\n\n1\td1\t1\n")
+    assert relevant(beir(scifact)) == {("1", "und"): {"Albedo is the measure": 1}}
+
+
+@pytest.fixture
+def mmarco(tmp_path):
+    """mMARCO: names of languages in file names, one qrels for all, runs in MS MARCO's and in TREC's form."""
+    for word in ("german", "english"):
+        put(tmp_path / "collections" / f"{word}_collection.tsv", "".join(f"{i}\t{word} {i}\n" for i in range(9)))
+        put(tmp_path / "queries" / "dev" / f"{word}_queries.dev.tsv", "".join(f"{i}\t{word} {i}?\n" for i in range(9)))
+        put(
+            tmp_path / "queries" / "dev" / f"{word}_queries.dev.small.tsv",
+            f"1\t{word} 1?\n2\t{word} 2?\n5\t{word} 5?\n",
+        )
+    put(tmp_path / "runs" / "run.bm25_english-msmarco.txt", "1\t3\t1\n1\t0\t2\n2\t4\t1\n")
+    put(tmp_path / "runs" / "run.bm25_german-msmarco.txt", "1 Q0 3 1 9.5 bm25\n1 Q0 1 2 9 bm25\n2 Q0 8 1 9 bm25\n")
+    put(tmp_path / "qrels.dev.small.tsv", "1\t0\t3\t1\n2\t0\t7\t1\n5\t0\t6\t1\n")
+    return tmp_path
+
+
+def test_mmarco_pools(mmarco):
+    task = reranking(mmarco, "dev.small", name="mmarco")
+    assert task.name == "mmarco (dev.small)"
+    assert relevant(task) == {
+        ("1", "en"): {"english 3": 1}, ("2", "en"): {"english 7": 1},
+        ("1", "de"): {"german 3": 1}, ("2", "de"): {"german 7": 1},
+    }  # fmt: skip
+    assert sorted(map(sorted, pools(task))) == [["0", "3"], ["1", "3"], ["4"], ["8"]]
+    # Only what is pooled or relevant is a candidate: 0, 3, 4, 7 and 1, 3, 7, 8. Query 5 was not run.
+    assert len(task.candidates) == 8
+    assert task.left_out == 2
+    assert reranking(mmarco, languages=["de"]).query_languages == ["de", "de"]
+    assert reranking(mmarco, "dev").left_out == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("runs/run.bm25_german-msmarco.txt", "1\t3\t1\n1\t99\t2\n", r"msmarco\.txt:2: there is no document '99'"),
+        ("runs/run.bm25_german-msmarco.txt", "1\t3\t1\n77\t3\t1\n", r"msmarco\.txt:2: there is no query '77'"),
+        ("runs/run.bm25_german-msmarco.txt", "1\t3\t1\n1\t3\t2\n", r"msmarco\.txt:2: document '3' occurs twice for"),
+        ("runs/run.bm25_german-msmarco.txt", "1\t3\n", r"msmarco\.txt:1: \"query Q0 document rank score name\""),
+        ("qrels.dev.small.tsv", "5\t0\t99\t1\n1\t0\t98\t1\n", r"small\.tsv:2: there is no document '98'"),
+        ("collections/german_collection.tsv", "3\tone\n3\tagain\n", r"collection\.tsv:2: id '3' occurs twice"),
+        ("collections/german_collection.tsv", "3 no tab\n", r"collection\.tsv:1: an id, a tab and a text are needed"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_pools_is_named_by_line(mmarco, name, text, message):
+    put(mmarco / name, text)
+    with pytest.raises(DataError, match=message):
+        reranking(mmarco)
+
+
+def test_a_language_without_a_run_is_named(mmarco):
+    (mmarco / "runs" / "run.bm25_german-msmarco.txt").unlink()
+    with pytest.raises(DataError, match="no run of german"):
+        reranking(mmarco)
+
+
+def test_any_collection_with_a_run_can_be_reranked(scifact):
+    put(scifact / "top1000.test.tsv", "1\td1\tquery 1\tAlbedo is the measure\n1\td2\tquery 1\tno title\n")
+    task = reranking(scifact)
+    assert pools(task) == [["d1", "d2"]]
+    assert relevant(task) == {("1", "und"): {"Albedo is the measure": 2, "Only title": 1}}
+
+
+def test_own_jsonl_of_pairs(tmp_path):
+    put(tmp_path / "own.jsonl.gz", [
+        {"query": "a?", "passage": "A", "language": "en"},
+        {"query": "b?", "passage": "A", "language": "en"},
+        {"query": "c?", "passage": "A", "language": "de"},
+    ])  # fmt: skip
+    task = jsonl(tmp_path / "own.jsonl.gz")
+    assert relevant(task) == {("1", "en"): {"A": 1}, ("2", "en"): {"A": 1}, ("3", "de"): {"A": 1}}
+    assert task.candidates == ["A", "A"]
+    assert jsonl(tmp_path / "own.jsonl.gz", ["de"]).queries == ["c?"]
+    put(tmp_path / "plain.jsonl", [{"query": "a?", "passage": "A"}])
+    assert jsonl(tmp_path / "plain.jsonl").languages == ["und"]
+
+
+def test_own_jsonl_with_judgements(tmp_path):
+    folder = tmp_path / "own"
+    put(folder / "passages.jsonl", [
+        {"passage": "P1", "id": "p1", "language": "en"}, {"passage": "P2", "id": 2, "language": "de"},
+        {"passage": "P3", "id": "p3", "language": "en"},
+    ])  # fmt: skip
+    put(folder / "questions.jsonl", [
+        {"query": "a?", "id": "q", "language": "en", "relevant": {"2": 3, "p1": 1, "p3": 0}},
+        {"query": "b?", "id": "q", "language": "de", "relevant": [2, "p1"]},
+        {"query": "c?", "id": "r", "language": "de", "relevant": []},
+    ])  # fmt: skip
+    task = jsonl(folder)
+    assert relevant(task) == {("q", "en"): {"P1": 1, "P2": 3}, ("q", "de"): {"P1": 1, "P2": 1}}
+    assert (task.left_out, task.candidates) == (1, ["P1", "P2", "P3"])
+    assert jsonl(folder, ["en"]).candidates == ["P1", "P3"]
+
+
+def test_n_way_training_data_are_a_task(tmp_path):
+    put(tmp_path / "n.jsonl", [{"query": {"en": "a", "de": "b"}, "passage": {"en": "A", "de": "B", "fr": "C"}}])
+    task = jsonl(tmp_path / "n.jsonl", ["en", "de"])
+    assert relevant(task) == {("0", "en"): {"A": 1, "B": 1}, ("0", "de"): {"A": 1, "B": 1}}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"passage": "P", "id": "p"}, {"query": "q", "relevant": ["x"]}], r":2: no passage has the id 'x'"),
+        ([{"passage": "P", "id": "p"}, {"passage": "Q", "id": "p"}], r':2: a passage needs an "id" of its own'),
+        ([{"passage": "P"}], r':1: a passage needs an "id" of its own, not None'),
+        ([{"passage": "P", "id": "p"}, {"query": "q"}], r':2: a query needs "relevant"'),
+        ([{"passage": "P", "id": "p"}, {"query": "q", "relevant": {"p": "high"}}], r':2: a query needs "relevant"'),
+        ([{"passage": "P", "id": "p"}, {"query": "q", "relevant": "p"}], r':2: a query needs "relevant"'),
+        ([{"passage": "P", "id": "p"}, {"question": "q"}], r':2: a line has a "query" or a "passage" or both'),
+        ([{"query": "q", "passage": ["P"]}], r':1: a line has a "query"'),
+        ([{"query": "q", "passage": "P", "id": 1}, {"query": "r", "passage": "P", "id": 1}], ":2: another query"),
+        ([{"passage": "P", "id": "p"}], "none of 0 queries has a relevant passage"),
+        ([{"query": "q", "relevant": ["p"]}], 'no line has a "passage"'),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_own_jsonl_is_named_by_line(tmp_path, lines, message):
+    put(tmp_path / "own.jsonl", lines)
+    with pytest.raises(DataError, match=message):
+        jsonl(tmp_path / "own.jsonl")
