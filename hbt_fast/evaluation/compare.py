@@ -291,9 +291,7 @@ def _pair(names: Sequence[str], runs: Sequence[PerQuery]) -> list[np.ndarray]:
         if first is None:
             first, task = places, run.task
         if run.task != task:
-            raise CompareError(
-                f"the runs were evaluated on different tasks: {names[0]} on {task}, {name} on {run.task}"
-            )
+            raise CompareError(f"different tasks: {names[0]} was evaluated on {task!r}, {name} on {run.task!r}")
         if first.keys() != places.keys():
             raise CompareError(_difference(names[0], first.keys() - places.keys(), name, places.keys() - first.keys()))
         orders.append(np.fromiter((places[key] for key in first), np.int64, len(first)))
@@ -306,7 +304,7 @@ def _difference(first: str, only_first: set, second: str, only_second: set) -> s
         if extra:
             query, language = min(extra, key=lambda key: key[::-1])
             where = ", ".join(sorted({key[1] for key in extra})[:8])
-            said.append(f"only {name} has {len(extra):,} queries ({where}), such as {query!r} in {language}")
+            said.append(f"{len(extra):,} only in {name} ({where}), such as {query!r} in {language}")
     return f"{first} and {second} were not asked the same queries: {'; '.join(said)}. Tests need pairs: evaluate anew"
 
 

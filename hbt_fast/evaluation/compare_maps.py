@@ -33,7 +33,7 @@ def draw_pairs(c: Comparison, rows: list[str], columns: list[str], cells_RXY: np
     low, high = (np.nanmin(cells_RXY), np.nanmax(cells_RXY)) if np.isfinite(cells_RXY).any() else (0.0, 1.0)
     if high - low < 0.05:  # nearly equal cells should look nearly equal
         low = max(0.0, high - 0.05)
-    titles = [f"{short(name, lines=2)}\n{_headline(c, run)}" for run, name in enumerate(c.names)]
+    titles = [f"{short(name, _letters(columns), 2)}\n{_headline(c, run)}" for run, name in enumerate(c.names)]
     return _maps(c, titles, rows, columns, cells_RXY, (low, high), "YlGnBu", "{:.2f}", _what(c))
 
 
@@ -48,7 +48,9 @@ def draw_pair_differences(c: Comparison, rows: list[str], columns: list[str], ce
     """
     points = 100 * (cells_RXY[1:] - cells_RXY[:1])
     far = max(np.nanmax(np.abs(points)) if np.isfinite(points).any() else 0.0, 1.0)
-    titles = [f"{short(name, lines=2)}\n− {short(c.names[0], lines=2)}" for name in c.names[1:]]
+    titles = [
+        f"{short(name, _letters(columns), 2)}\n− {short(c.names[0], _letters(columns), 2)}" for name in c.names[1:]
+    ]
     return _maps(c, titles, rows, columns, points, (-far, far), "RdBu", "{:+.1f}", f"difference in {_what(c)}, × 100")
 
 
@@ -128,6 +130,11 @@ def _headline(c: Comparison, run: int) -> str:
 
 def _brief(measure: str, value: float) -> str:
     return f"{value:,.0f}" if measure == "rank_distance" else f"{value:.3f}"
+
+
+def _letters(columns: list[str]) -> int:
+    """That fit on a line above a map."""
+    return 44 if len(columns) < LARGE else 60
 
 
 def _what(c: Comparison) -> str:
