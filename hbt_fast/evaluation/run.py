@@ -65,8 +65,8 @@ def measure(
         model: name for reports.
         device: where ranks and search run: "auto", "cpu" or "cuda".
         top_k: depth at which language bias is measured; cut to the number of candidates.
-        index: what the search for language bias goes through, see `search.search`. Of an approximate one, what its top
-            100 lose is reported too, as a further line of `Results.cutoffs`; all else comes from exact ranks.
+        index: what the search goes through, see `search.search`. Language bias is of what it finds, and the cut-offs of
+            what an approximate one finds become a further line of `Results.cutoffs`; all else comes from exact ranks.
         progress: passed on to the encoder.
         log: gets one line per phase with its time; None: silent.
 
