@@ -40,6 +40,11 @@ EXTRAS = {
         "datasets>=4.0",  # what its trainer reads
     ],
     "mteb": ["mteb>=2.0"],  # public benchmarks
+    "onnx": [  # exports for serving without torch, and encoding in 8 bits; the oldest that were tried
+        "onnx>=1.23",  # the file format
+        "onnxscript>=0.7",  # what torch's exporter is written in
+        "onnxruntime>=1.32",  # quantises, and runs the graph
+    ],
     "track": [  # train.track
         "trackio>=0.43",  # run tracking in a local file; the first to run beside huggingface_hub 2
         "wandb>=0.19",  # run tracking on a server, or offline; 0.19 is the oldest that was tried
@@ -47,6 +52,7 @@ EXTRAS = {
     "lora": ["peft>=0.17"],  # adapters
     "dev": [
         "pytest>=8.3",
+        "pytest-xdist>=3.6",  # tests on two cores
         "pytest-timeout>=2.3",  # a hanging rank fails a test instead of the whole run
         "pytest-benchmark>=5.1",  # bench/
         "pytrec-eval-terrier>=0.5.6",  # the oracle of the retrieval metrics
@@ -109,6 +115,7 @@ setup(
             "hbt-lexicon = hbt_fast.lexicon:main",
             "hbt-encode = hbt_fast.encode:main",
             "hbt-evaluate = hbt_fast.evaluate:main",
+            "hbt-compare = hbt_fast.compare:main",
             "hbt-report = hbt_fast.report:main",
         ]
     },

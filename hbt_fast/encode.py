@@ -23,13 +23,21 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that `load_encoder` reads."""
+def add_encoder_arguments(parser: argparse.ArgumentParser, precision: str = "auto") -> None:
+    """The arguments that `load_encoder` reads.
+
+    Args:
+        parser: gets them.
+        precision: the default.
+    """
     parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a name on the hub")
     parser.add_argument("--pooling", choices=POOLINGS, help="default: the one recorded with the model, else mean")
     parser.add_argument("--max-length", type=at_least_one, metavar="N", help="tokens per text")
-    precision = "of weights and products; auto: bf16 where the device computes in it, else fp32"
-    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help=precision)
+    what = (
+        "of weights and products; auto: bf16 where the device computes in it, else fp32; int8: by onnxruntime on a CPU "
+        f"(extra onnx); default: {precision}"
+    )
+    parser.add_argument("--precision", default=precision, choices=["auto", *PRECISIONS, "int8"], help=what)
 
 
 def load_encoder(args: argparse.Namespace, device: str) -> Encoder:
@@ -46,6 +54,10 @@ def load_encoder(args: argparse.Namespace, device: str) -> Encoder:
         encoder = Encoder.from_pretrained(args.model, pooling=args.pooling, max_length=args.max_length)
     except ValueError as error:  # a broken config, an unknown architecture: the user's to mend, no traceback needed
         raise DataError(f"cannot load model {args.model}: {error}") from error
+    if args.precision == "int8":
+        from hbt_fast.encoder.onnx import in_8_bits
+
+        return in_8_bits(encoder.to(device)).eval()
     auto = args.precision == "auto"
     return encoder.to(device, native_dtype(device) if auto else getattr(torch, PRECISIONS[args.precision])).eval()
 

@@ -8,7 +8,8 @@ import torch
 
 from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.encoder import onnx as module
-from hbt_fast.encoder.onnx import export_onnx
+from hbt_fast.encoder.encoding import How, identity
+from hbt_fast.encoder.onnx import export_onnx, in_8_bits
 
 TEXTS = ["en the red blue 7", "de which green", "fr the old new big small " * 4, "x", "en which " * 200]
 
@@ -69,6 +70,25 @@ def test_large_weights_lie_beside_the_graph(make_encoder, tmp_path, monkeypatch)
     assert (vectors_of(paths[1], encoder.tokenizer) * encoder.encode(TEXTS)).sum(1).min() > 0.99
 
 
+def test_an_encoder_in_8_bits_encodes_as_the_graph_does(make_encoder, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    encoder = make_encoder()
+    graph = vectors_of(export_onnx(encoder, tmp_path, int8=True)[1], encoder.tokenizer)
+    ours, how = encoder.encode(TEXTS), How("", 8192, 32, "float32")
+    before = identity(encoder, how)
+    small = in_8_bits(encoder)
+    assert identity(small, how)["weights"] != before["weights"]
+    in_one_row_each = small.encode(TEXTS, batch_tokens=1)
+    cosines = (in_one_row_each * ours).sum(1)
+    assert cosines.min() > 0.99
+    assert np.abs(in_one_row_each - ours).max() > 1e-4
+    # a batch's activations share a scale, so that neighbours and padding move vectors a little
+    assert (small.encode(TEXTS) * graph).sum(1).min() > 0.999
+    with pytest.raises(EncoderError, match="in 8 bits runs in this process alone"):
+        small.encode(TEXTS, devices=["cpu", "cpu"])
+
+
 def test_a_model_that_cannot_be_exported_is_named(make_encoder, tmp_path):
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
@@ -87,5 +107,5 @@ def test_a_package_that_is_missing_is_named(make_encoder, tmp_path, monkeypatch)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(EncoderError, match=r"(onnxscript|onnx) is not installed: pip install onnx onnxscript"):
+    with pytest.raises(EncoderError, match=r"(onnxscript|onnx) is not installed: pip install .hbt-fast\[onnx\]"):
         export_onnx(make_encoder(), tmp_path)

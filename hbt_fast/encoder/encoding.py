@@ -265,6 +265,8 @@ def _check(encoder: Encoder, texts: Iterable[str], how: How, devices: Sequence[s
     if isinstance(devices, str):
         raise EncoderError(f'devices is "{devices}"; give a list, one entry per process: ["cuda:0", "cuda:1"]')
     check_devices(devices or ())
+    if devices and not hasattr(encoder.model, "save_pretrained"):
+        raise EncoderError("devices: an encoder in 8 bits runs in this process alone; leave devices out")
 
 
 def check_devices(names: Iterable[str]) -> None:

@@ -49,7 +49,7 @@ def _fill_with_nan(module: nn.Module) -> None:
 
 
 def adamw(module: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (biases and layer norms are one-dimensional), as one pass over memory."""
+    """AdamW with weight decay on matrices only (biases and layer norms are one-dimensional), in one pass."""
     trained = [p for _, p in trained_parameters(module)]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
