@@ -31,10 +31,15 @@ def average_precision(ranks: np.ndarray, groups: np.ndarray, n_groups: int) -> n
     Returns:
         (n_groups,) float64 in (0, 1]; NaN where a group has no relevant candidate.
     """
-    order = np.lexsort((ranks, groups))
+    found = np.isfinite(ranks)
+    last = int(ranks[found].max(initial=0)) + 1  # stands for "not found"
+    # Sorting one integer of group and rank takes a tenth of the time of sorting by two keys.
+    keys = np.sort(groups * (last + 1) + np.where(found, ranks, last).astype(np.int64))
     sizes = np.bincount(groups, minlength=n_groups)
-    k = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + 1
-    return _divide(np.bincount(groups[order], weights=k / ranks[order], minlength=n_groups), sizes)
+    group = np.repeat(np.arange(n_groups), sizes)
+    rank = keys - group * (last + 1)
+    k = np.arange(1, len(keys) + 1) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return _divide(np.bincount(group, weights=np.where(rank < last, k / rank, 0), minlength=n_groups), sizes)
 
 
 def map_matrix(ranks: Ranks) -> np.ndarray:
@@ -78,15 +83,14 @@ def rank_distance(ranks: Ranks) -> np.ndarray:
     return _by_language(_rank_distances(ranks), ranks)
 
 
-def _rank_distances(ranks: Ranks) -> np.ndarray:
+def _rank_distances(ranks: Ranks, in_whole_pool: np.ndarray | None = None) -> np.ndarray:
     n = len(ranks.query_languages)
     same_query = ranks.query[1:] == ranks.query[:-1]
     if not (ranks.relevant_languages[1:] != ranks.relevant_languages[:-1])[same_query].any():
         return np.full(n, np.nan)
-    largest, smallest = np.zeros(n), np.full(n, np.inf)
-    np.maximum.at(largest, ranks.query, ranks.in_whole_pool)
-    np.minimum.at(smallest, ranks.query, ranks.in_whole_pool)
-    return np.where(np.bincount(ranks.query, minlength=n) > 1, largest - smallest, np.nan)
+    rank = ranks.in_whole_pool if in_whole_pool is None else in_whole_pool
+    distance = -_best(-rank, ranks.query, n) - _best(rank, ranks.query, n)
+    return np.where(np.bincount(ranks.query, minlength=n) > 1, distance, np.nan)
 
 
 def cutoff_metrics(ranks: Ranks, pool: str = "own", gains: np.ndarray | None = None) -> dict[str, float]:
@@ -169,14 +173,15 @@ def per_query(ranks: Ranks, gains: np.ndarray | None = None) -> dict[str, np.nda
     """
     n, own = len(ranks.query_languages), ranks.query_languages[:, None]
     ap_NL = _pool_precisions(ranks)
+    whole = ranks.in_whole_pool
     others_NL = np.where(np.arange(len(ranks.languages)) == own, np.nan, ap_NL)
     return {
         "mo": np.take_along_axis(ap_NL, own, axis=1)[:, 0],
         "cr": _nanmean(others_NL, axis=1),
-        "mul": average_precision(ranks.in_whole_pool, ranks.query, n),
-        "rank_distance": _rank_distances(ranks),
+        "mul": average_precision(whole, ranks.query, n),
+        "rank_distance": _rank_distances(ranks, whole),
         **_cutoffs_of(ranks, "own", gains),
-        "accuracy@1": (_best(ranks.in_whole_pool, ranks.query, n) == 1).astype(np.float64),
+        "accuracy@1": (_best(whole, ranks.query, n) == 1).astype(np.float64),
     }
 
 
@@ -300,7 +305,9 @@ def _of_groups(
 def _best(rank: np.ndarray, query: np.ndarray, n: int) -> np.ndarray:
     """(n,) the lowest rank of each query; infinite if it has none."""
     best = np.full(n, np.inf)
-    np.minimum.at(best, query, rank)
+    if len(rank):
+        starts = np.flatnonzero(np.diff(query, prepend=-1))
+        best[query[starts]] = np.minimum.reduceat(rank, starts)
     return best
 
 
