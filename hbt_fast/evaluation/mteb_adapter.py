@@ -231,7 +231,7 @@ class MTEBSearch(MTEBEncoder):
             self.folder.mkdir(parents=True, exist_ok=True)
             out = self.folder / f"{task_metadata.name}-{hf_subset}-{hf_split}.npy"
         vectors, rows = self.embed(document_texts(corpus), PromptType.document, out=out, **encode_kwargs)
-        self._corpus = np.array(corpus["id"], dtype=object), vectors, rows
+        self._corpus = np.array(corpus["id"][:], dtype=object), vectors, rows
 
     def search(
         self,
@@ -271,7 +271,7 @@ class MTEBSearch(MTEBEncoder):
         texts = query_texts(queries, task_metadata, num_proc)
         unique, query_rows = self.embed(texts, PromptType.query, **encode_kwargs)
         q_Nd = unique[query_rows]
-        query_ids = list(queries["id"])
+        query_ids = queries["id"][:]
         if top_ranked is not None:
             return _rerank(query_ids, q_Nd, ids, vectors, rows, top_ranked, top_k)
         scores, indices = search(q_Nd, _shards(vectors, rows), min(top_k, len(rows)), self.device)

@@ -136,8 +136,8 @@ class MultilingualPoolRetrieval(AbsTaskRetrieval):
             scores, indices = search(q_Nd, p_Md, k)
             bias = language_bias(indices[:, :10], task.query_languages, task.candidate_languages)
             results = summarise(ranks, task.name, measures=per_query(ranks, task.gains) | bias, gains=task.gains)
-            ids = np.array(data_split["corpus"]["id"], dtype=object)
-            found = best_by_id(list(data_split["queries"]["id"]), ids, scores, indices)
+            ids = np.array(data_split["corpus"]["id"][:], dtype=object)
+            found = best_by_id(data_split["queries"]["id"][:], ids, scores, indices)
         cut = super()._evaluate_subset(_Found(found, model.mteb_model_meta), data_split, **kwargs)
         return {**cut, **exact_scores(results)}
 
