@@ -156,6 +156,16 @@ def test_groups_are_macro_means_of_every_measure():
     assert results.cutoffs["own"]["ndcg@10"] == pytest.approx(np.mean(results.by_language["ndcg@10"]))
 
 
+def test_cr_of_a_group_is_a_mean_over_pairs_as_cr_is():
+    # de has an answer in en only, en has one in de and in fr: three pairs, of which two are of en.
+    candidates = np.eye(6, dtype=np.float32)
+    queries = np.array([[0, 0, 0.1, 0.2, 0, 0], [0.2, 0.1, 0, 0, 0.1, 0.2]], dtype=np.float32)
+    languages = ["de", "de", "en", "en", "fr", "fr"]
+    ranks = exact_ranks(queries, candidates, ["de", "en"], languages, np.array([0, 1, 3]), np.array([2, 0, 4]))
+    results = metrics.summarise(ranks, "holes", groups={"both": ["de", "en"]})
+    assert results.groups["both"]["cr"] == results.cr == pytest.approx((0.5 + 1 + 0.5) / 3)
+
+
 def test_an_approximate_search_is_measured_by_what_it_found():
     problem = Problem(7)
     ranks, order = problem.ranks(), np.argsort(-(problem.queries @ problem.candidates.T), axis=1, kind="stable")
@@ -187,6 +197,7 @@ def test_a_page_shows_what_there_is_and_no_nan():
     assert "| mAP |\n| --- |\n| 1.0000 |" in page
     assert not any(word in page for word in ("nan", "Cr", "Mul", "rank distance", "By query language"))
     assert "2 further queries have no relevant candidate" in page
+    assert "| nDCG@10 | Recall@100 | MRR@10 |\n| --- | ---: | ---: |\n| 1.0000" in page  # of the only pool
     page = one_language_per_query(("en", "sw")).to_markdown()
     assert "| Mo | Mul |" in page
     assert not any(word in page for word in ("nan", "Cr", "rank distance", "passage language (column)"))

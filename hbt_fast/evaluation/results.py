@@ -164,8 +164,8 @@ class Results:
         if not pools:
             return ""
         names = list(dict.fromkeys(name for values in pools.values() for name in values))
-        if single or list(pools) == ["re-ranking"]:
-            return self._columns(names, [("", next(iter(pools.values())).get)])
+        if len(pools) == 1:  # then there is only one pool to speak of
+            return self._columns(names, [("", _getter(next(iter(pools.values()))))])
         return self._columns(names, [(pool, _getter(values)) for pool, values in pools.items()], "pool")
 
     def _groups(self) -> str:
