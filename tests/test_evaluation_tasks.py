@@ -190,6 +190,9 @@ def test_a_subset_is_a_function_of_its_seed():
     again, same, other = (whole.subset(5, seed, 30) for seed in (1, 1, 2))
     assert (again.queries, again.candidates) == (same.queries, same.candidates)
     assert again.queries != other.queries
+    # In every process: a draw from ids in the order of a set would differ from one to the next.
+    ids = sorted(set(whole.query_ids))
+    assert set(again.query_ids) == {ids[i] for i in np.random.default_rng(1).permutation(30)[:5]}
     assert whole.subset(5, 1).candidates == whole.candidates
     assert whole.subset(1000, 1, 1000).queries == whole.queries
     assert len(whole.subset(5, 1, candidates=0).candidates) == 10  # what is relevant stays
