@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from hbt_fast.evaluation import metrics
-from hbt_fast.evaluation.ranks import exact_ranks
+from hbt_fast.evaluation import ranks as ranks_module
+from hbt_fast.evaluation.counting import columns_of, is_compiled
+from hbt_fast.evaluation.ranks import exact_ranks, pool_ranks
 
 LANGUAGES = ("zz", "aa", "mm")
+needs_compiled = pytest.mark.skipif(not is_compiled(), reason="csrc/ was not built")
+BACKENDS = [pytest.param("cpu", marks=needs_compiled), "torch"]
 
 
 def random_problem(seed: int, n: int = 60, m: int = 130, dimension: int = 5):
@@ -60,7 +62,7 @@ def relevant_of(problem, query: int) -> set[int]:
     return set(problem[5][problem[4][query] : problem[4][query + 1]].tolist())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("workspace_bytes", [1, 7 * 4 * 130, 2**20])
 def test_ranks_equal_a_full_sort_with_ties(backend, workspace_bytes):
     # One row at a time, 7 rows (60 is no multiple), all rows at once.
@@ -72,11 +74,133 @@ def test_ranks_equal_a_full_sort_with_ties(backend, workspace_bytes):
         assert ranks.in_own_pool[pair] == 1 + sorted_pool(problem, query, language).index(candidate)
 
 
+@needs_compiled
 def test_both_backends_count_alike_in_every_language_block():
     for seed in range(5):
         problem = random_problem(seed, n=40, m=90, dimension=3)
         a, b = (exact_ranks(*problem, backend=backend, device="cpu").higher for backend in ("cpu", "torch"))
         assert np.array_equal(a, b)
+
+
+@needs_compiled
+@pytest.mark.parametrize("threads", [1, 3])
+def test_both_backends_count_alike_on_real_vectors_and_long_blocks(threads):
+    # Blocks below and above the length that is prefetched, vectors' lengths and tails, a query without answers.
+    rng = np.random.default_rng(threads)
+    sizes = [1, 5000, 15, 16, 17, 300]
+    queries, candidates = (rng.standard_normal((n, 24)).astype(np.float32) for n in (70, sum(sizes)))
+    candidates[-200:] = candidates[5001:5201]  # ties
+    languages = np.repeat([f"l{i}" for i in range(len(sizes))], sizes).tolist()
+    counts = rng.integers(0, 30, 70)
+    relevant = np.concatenate([rng.choice(sum(sizes), n, replace=False) for n in counts])
+    problem = (queries, candidates, ["l0"] * 70, languages, np.concatenate([[0], np.cumsum(counts)]), relevant)
+    torch.set_num_threads(threads)
+    a, b = (
+        exact_ranks(*problem, backend=backend, device="cpu", workspace_bytes=10**6).higher
+        for backend in ("cpu", "torch")
+    )
+    assert np.array_equal(a, b)
+    scores = candidates.astype(np.float64) @ queries.astype(np.float64).T
+    above = (scores[:, np.repeat(np.arange(70), counts)] > scores[relevant, np.repeat(np.arange(70), counts)]).sum(0)
+    assert np.abs(a.sum(axis=1) - above).max() <= 3  # float64 differs in rounding and, of ties, counts none
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_languages_may_be_grouped_in_any_order_or_mixed(backend):
+    # The same candidates in three orders: languages as they sort, grouped otherwise, mixed. Without ties, equal counts.
+    rng = np.random.default_rng(0)
+    queries, candidates = (rng.permutation(n * 6).reshape(n, 6).astype(np.float32) % 97 for n in (20, 90))
+    languages = np.repeat(["aa", "mm", "zz"], [40, 20, 30])
+    relevant = rng.choice(90, 60, replace=False)
+    counts = []
+    for order in (np.arange(90), np.r_[60:90, 0:40, 40:60], rng.permutation(90)):
+        place = np.argsort(order)
+        found = exact_ranks(
+            queries, candidates[order], ["zz"] * 20, languages[order].tolist(), np.arange(0, 61, 3), place[relevant],
+            backend=backend, device="cpu",
+        )  # fmt: skip
+        counts.append(found.higher)
+        assert found.pool.tolist() == [40, 20, 30]
+    assert np.array_equal(counts[0], counts[1])
+    assert np.array_equal(counts[0], counts[2])
+
+
+def test_grouped_candidates_are_not_copied_and_may_be_a_read_only_map(tmp_path, monkeypatch, recwarn):
+    problem = list(random_problem(5))
+    order = np.argsort([LANGUAGES.index(code) for code in problem[3]], kind="stable")  # zz before aa
+    problem[1] = problem[1][order]
+    problem[3] = [problem[3][i] for i in order]
+    np.save(tmp_path / "vectors.npy", problem[1])
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    operands, multiply = [], torch.mm
+
+    def spy(a, b, **options):
+        operands.append(b.T)
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    found = exact_ranks(problem[0], mapped, *problem[2:], device="cpu")
+    assert operands[0].data_ptr() == mapped.ctypes.data
+    monkeypatch.undo()
+    assert np.array_equal(found.higher, exact_ranks(*problem, device="cpu").higher)
+    assert not recwarn.list
+
+
+def test_columns_are_moved_only_where_a_language_lies_apart():
+    offsets, relevant = np.array([0, 1]), np.array([1])
+    assert columns_of(np.array([2, 2, 0, 1]), 3, offsets, relevant).order is None
+    where = columns_of(np.array([2, 0, 2, 1]), 4, offsets, relevant)
+    assert where.order.tolist() == [1, 3, 0, 2]
+    assert where.blocks.tolist() == [[0, 1], [1, 2], [2, 4], [0, 0]]
+    assert where.positions.tolist() == [0]
+    assert where.splits.tolist() == [[0, 1, 3, 0]]  # candidate 0 wins a tie against candidate 1, 2 and 3 do not
+
+
+def pools_of(seed: int, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    sizes = np.append(rng.integers(0, 40, n - 1), 0)  # the last pool is empty
+    pools = [rng.choice(m, size, replace=False) for size in sizes]
+    return np.concatenate([[0], np.cumsum(sizes)]), np.concatenate(pools)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 4000, 2**26])
+def test_pool_ranks_equal_a_full_sort_with_ties(workspace_bytes):
+    queries, candidates, _, _, offsets, relevant = random_problem(6)
+    starts, pooled = pools_of(6, len(queries), len(candidates))
+    found = pool_ranks(queries, candidates, offsets, relevant, (starts, pooled), workspace_bytes=workspace_bytes)
+    truth = []
+    for i in range(len(queries)):
+        scores = candidates @ queries[i]
+        ranking = sorted(pooled[starts[i] : starts[i + 1]].tolist(), key=lambda c: (-scores[c], c))
+        truth += [1 + ranking.index(c) if c in ranking else 0 for c in relevant[offsets[i] : offsets[i + 1]]]
+    assert found.dtype == np.int64
+    assert found.tolist() == truth
+    assert 0 in truth
+    assert len(set(truth)) > 10
+
+
+def test_equal_vectors_tie_in_pools_wherever_they_lie():
+    # Of an awkward dimension, at every place of pools of every size: the lower index wins, by not one bit of rounding.
+    rng = np.random.default_rng(0)
+    candidates = np.repeat(rng.standard_normal((1, 67)).astype(np.float32), 40, axis=0)
+    queries = rng.standard_normal((39, 67)).astype(np.float32)
+    sizes = np.arange(2, 41)
+    pooled = np.concatenate([rng.permutation(40)[:size] for size in sizes])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    best = np.array([pooled[a:b].min() for a, b in itertools.pairwise(starts)])
+    last = np.array([pooled[a:b].max() for a, b in itertools.pairwise(starts)])
+    relevant = np.stack([best, last], axis=1).ravel()
+    found = pool_ranks(queries, candidates, np.arange(0, 79, 2), relevant, (starts, pooled)).reshape(-1, 2)
+    assert (found[:, 0] == 1).all()
+    assert (found[:, 1] == sizes).all()
+
+
+def test_pool_ranks_in_pools_of_everything_are_exact_ranks():
+    problem = random_problem(7)
+    n, m = len(problem[0]), len(problem[1])
+    pools = np.arange(0, n * m + 1, m), np.tile(np.arange(m)[::-1], n)
+    found = pool_ranks(problem[0], problem[1], *problem[4:], pools)
+    assert np.array_equal(found, exact_ranks(*problem, device="cpu").in_whole_pool)
 
 
 def test_metrics_equal_a_brute_force_oracle():
@@ -224,20 +348,67 @@ def test_one_answer_has_no_rank_distance():
         (lambda p: p.__setitem__(0, p[0][:, :2]), r"queries have dimension 2, candidates 5"),
         (lambda p: p.__setitem__(0, p[0].astype(np.float64)), r"queries must be float32"),
         (lambda p: p.__setitem__(2, p[2][1:]), r"60 vectors but 59 languages"),
+        (lambda p: p.__setitem__(4, p[4][:-1]), r"offsets must have one entry more than the 60 queries, not 60"),
+        (lambda p: p.__setitem__(5, p[5][:-1]), r"offsets must rise from 0 to \d+, the length of relevant"),
+        (lambda p: p[4].__setitem__(2, p[4][-1]), r"offsets must rise"),
+        (lambda p: p[5].__setitem__(3, 130), r"relevant must lie in 0 .. 129, the candidates"),
+        (lambda p: p[5].__setitem__(3, -1), r"relevant must lie in 0 .. 129, the candidates"),
     ],
 )
-def test_bad_vectors_are_named(change, message):
+def test_bad_input_is_named(change, message):
     problem = list(random_problem(4))
     change(problem)
     with pytest.raises(ValueError, match=message):
         exact_ranks(*problem)
+    if "languages" not in message:
+        pools = np.arange(61), np.zeros(60, dtype=np.int64)
+        with pytest.raises(ValueError, match=message):
+            pool_ranks(problem[0], problem[1], *problem[4:], pools)
+
+
+def test_bad_pools_are_named():
+    problem = random_problem(4)
+    given = (problem[0], problem[1], *problem[4:])
+    with pytest.raises(ValueError, match=r"pools\[0\] must rise from 0 to 59, the length of pools\[1\]"):
+        pool_ranks(*given, (np.arange(61), np.zeros(59, dtype=np.int64)))
+    with pytest.raises(ValueError, match=r"pools\[1\] must lie in 0 .. 129"):
+        pool_ranks(*given, (np.arange(61), np.full(60, 130)))
+
+
+def test_large_numbers_are_not_taken_for_infinity():
+    vectors = np.full((4, 2), 2e38, dtype=np.float32)
+    assert np.isinf(vectors[0].sum())
+    ranks_module._check_vectors(vectors, vectors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "numba"}, r'"auto", "torch", "cpu" or "triton", not \'numba\''),
+        ({"backend": "triton", "device": "cpu"}, r"backend='triton' does not count on device='cpu'"),
+        ({"backend": "cpu", "device": "cuda"}, r"backend='cpu' does not count on device='cuda'"),
+    ],
+)
+def test_backends_that_do_not_fit_are_refused(options, message, monkeypatch):
+    monkeypatch.setattr(ranks_module, "is_compiled", lambda: True)
+    monkeypatch.setattr(ranks_module, "has_triton", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        exact_ranks(*random_problem(4), **options)
+
+
+def test_without_the_compiled_part_torch_counts_and_cpu_says_why_not(monkeypatch):
+    truth = exact_ranks(*random_problem(4), device="cpu").higher
+    monkeypatch.setattr(ranks_module, "is_compiled", lambda: False)
+    assert np.array_equal(exact_ranks(*random_problem(4), device="cpu").higher, truth)
+    with pytest.raises(ValueError, match=r"csrc/, which this installation did not build: take backend=\"torch\""):
+        exact_ranks(*random_problem(4), device="cpu", backend="cpu")
+    assert ranks_module._backend("auto", "cpu") == "torch"
+    monkeypatch.setattr(ranks_module, "is_compiled", lambda: True)
+    assert ranks_module._backend("auto", "cpu") == "cpu"
+    monkeypatch.setattr(ranks_module, "has_triton", lambda: True)
+    assert ranks_module._backend("auto", "cuda:1") == "triton"
 
 
 def test_counting_leaves_the_number_of_threads_alone():
-    code = (
-        "import numpy as np, torch; from hbt_fast.evaluation.ranks import exact_ranks; torch.set_num_threads(1); "
-        "v = np.eye(8, dtype=np.float32); exact_ranks(v, v, ['en'] * 8, ['en'] * 8, np.arange(9), np.arange(8)); "
-        "print(torch.get_num_threads())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1"]  # in a process of its own: numba starts its pool once
+    exact_ranks(*random_problem(4), device="cpu")
+    assert torch.get_num_threads() == 1  # as conftest.py sets it
