@@ -14,12 +14,13 @@ import pytest
 from scipy import stats
 
 from hbt_fast import compare as program
-from hbt_fast.evaluation.compare import CompareError, bootstrap, compare_runs, holm, randomisation
+from hbt_fast.evaluation.compare import CompareError, compare_runs
 from hbt_fast.evaluation.compare_plots import draw_curves
 from hbt_fast.evaluation.compare_report import latex, to_json, to_latex, to_markdown
 from hbt_fast.evaluation.metrics import per_query, summarise
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks
+from hbt_fast.evaluation.resampling import bootstrap, holm, randomisation
 from hbt_fast.fonts import choose, fonts_for
 
 LANGUAGES = ("ar", "de", "zh")
@@ -164,6 +165,34 @@ def test_ties_of_whole_numbers_count_whatever_order_they_are_summed_in():
     assert abs(p - expected) < 4 * math.sqrt(expected / 50_000)
 
 
+def test_p_is_never_0_and_small_enough_that_many_languages_can_be_told_apart():
+    assert randomisation(np.ones((1, 200)), 99, np.random.default_rng(0))[0] == 0.01
+    languages = 12
+    values = np.random.default_rng(0).standard_normal((60, languages))
+    found = compare_runs("ab", [one_measure(values), one_measure(values + 5)], resamples=100)
+    assert found.exchanges == 12_000
+    assert (found.measures["mo"].p_holm <= 0.001).all()
+
+
+def test_questions_in_few_languages_are_resampled_as_if_they_were_in_all():
+    # Of pairs of languages each question has two: blocks spare their products, and change nothing
+    rng = np.random.default_rng(0)
+    counts = np.kron(np.eye(4), np.ones((5, 2)))[None]
+    sums = counts[:, None] * rng.standard_normal((1, 3, 20, 8))
+    every = np.ones(8, dtype=bool)
+    blocks = bootstrap(sums, counts, every, 50, np.random.default_rng(1))
+    picks = np.random.default_rng(1).integers(0, 20, (50, 20))
+    for resample, picked in zip(blocks, picks, strict=True):
+        with np.errstate(invalid="ignore"):
+            means = sums[0][:, picked].sum(axis=1) / counts[0][picked].sum(axis=0)
+        np.testing.assert_allclose(resample[0, :, 1:], means, rtol=1e-12)
+        np.testing.assert_allclose(resample[0, :, 0], np.nanmean(means, axis=1), rtol=1e-12)
+    parts = sums[0, 0].T
+    rows = [(np.array([2 * i, 2 * i + 1]), np.arange(5 * i, 5 * i + 5)) for i in range(4)]
+    whole, apart = (randomisation(parts, 500, np.random.default_rng(2), b) for b in ((), rows))
+    assert np.array_equal(whole, apart)
+
+
 def test_holm_by_hand():
     found = holm(np.array([[0.01, 0.04], [np.nan, 0.03], [0.005, 0.9]]))
     np.testing.assert_allclose(found, [[0.04, 0.09], [np.nan, 0.09], [0.025, 0.9]])
@@ -190,7 +219,7 @@ def test_equal_seeds_give_equal_results_in_any_order_of_queries():
 def test_chunks_of_resamples_change_nothing(monkeypatch):
     runs = [evaluated(seed)[1] for seed in (0, 1)]
     whole = compare_runs(["a", "b"], runs, resamples=300).measures["cr"]
-    monkeypatch.setattr("hbt_fast.evaluation.compare.CHUNK", 1000)
+    monkeypatch.setattr("hbt_fast.evaluation.resampling.CHUNK", 1000)
     parts = compare_runs(["a", "b"], runs, resamples=300).measures["cr"]
     np.testing.assert_allclose(whole.intervals, parts.intervals, rtol=1e-12)
     assert np.array_equal(whole.p, parts.p)

@@ -7,8 +7,7 @@ Carterette 2007 recommend for retrieval). Every resample is averaged as the head
 languages of the mean over queries. Several comparisons within a measure are corrected after Holm (1979).
 
 Shapes: M measures, R runs, N queries, C questions (clusters), L languages, B resamples. Axis G is "all languages, then
-each": 1 + L long. Means over queries are ratios of sums over questions, so that a resample is a row of weights times
-the (C, L) sums: 10,000 of them over XQuAD-R's 1,190 questions and 11 languages are one matrix product.
+each": 1 + L long.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hbt_fast.evaluation.queries import PerQuery
+from hbt_fast.evaluation.resampling import blocks_of, bootstrap, holm, means_of, randomisation
 
-CHUNK = 4_000_000  # weights that are held at a time
+FINE = 1000  # exchanges for every p-value that is corrected together, so that even after Holm 0.001 can be reached,
+MOST = 200_000_000  # while exchanges times questions are no more
 CONSTANT = ("pool share",)  # of the task, not of a run
-ROUNDING = 1e-12  # differences that are equal but for the order of their sums are ties
 
 
 class CompareError(ValueError):
@@ -61,7 +61,8 @@ class Comparison:
         languages: L codes of queries, sorted.
         queries: N.
         questions: C, that are resampled.
-        resamples: B, of the bootstrap and of the randomisation test alike.
+        resamples: B, of the bootstrap.
+        exchanges: of the randomisation test; no p is below 1 / (exchanges + 1).
         level: of the intervals.
         seed: of the resamples.
         measures: by name, those that every run has.
@@ -73,6 +74,7 @@ class Comparison:
     queries: int
     questions: int
     resamples: int
+    exchanges: int
     level: float
     seed: int
     measures: dict[str, Measured]
@@ -86,7 +88,7 @@ def compare_runs(
     Args:
         names: R names, for messages too.
         runs: R >= 2, of one task.
-        resamples: of the bootstrap, and of the randomisation test.
+        resamples: of the bootstrap; the least of the randomisation test, which takes more where it corrects many p.
         level: of the intervals, in (0, 1).
         seed: equal seeds give equal results, bit for bit.
 
@@ -124,9 +126,13 @@ def compare_runs(
     if not kept:
         raise CompareError(f"no query has a value of {', '.join(shared)}")
     averaged_L = _averaged(languages)
-    measured = _measured(np.stack(sums_MRCL), np.stack(counts_MCL), averaged_L, resamples, level, seed)
+    exchanges = max(resamples, min(FINE * len(languages) * (len(runs) - 1), MOST // questions))
+    sums, counts = np.stack(sums_MRCL), np.stack(counts_MCL)
+    measured = _measured(sums, counts, averaged_L, (resamples, exchanges), level, seed)
     measures = dict(zip(kept, measured, strict=True))
-    return Comparison(first.task, list(names), languages, len(first.ids), questions, resamples, level, seed, measures)
+    return Comparison(
+        first.task, list(names), languages, len(first.ids), questions, resamples, exchanges, level, seed, measures
+    )
 
 
 def question(query: str, language: str) -> str:
@@ -139,88 +145,22 @@ def question(query: str, language: str) -> str:
     return query.removesuffix(f"|{language}")
 
 
-def holm(p: np.ndarray) -> np.ndarray:
-    """p-values corrected for their number (Holm 1979), in the shape and order given; NaN is no comparison.
-
-    Args:
-        p: of any shape.
-    """
-    adjusted = np.full(p.shape, np.nan)
-    there = ~np.isnan(p)
-    ordered = np.argsort(p[there], kind="stable")
-    n = len(ordered)
-    steps = np.minimum(np.maximum.accumulate(p[there][ordered] * np.arange(n, 0, -1)), 1.0)
-    corrected = np.empty(n)
-    corrected[ordered] = steps
-    adjusted[there] = corrected
-    return adjusted
-
-
-def bootstrap(
+def _measured(
     sums_MRCL: np.ndarray,
     counts_MCL: np.ndarray,
     averaged_L: np.ndarray,
-    resamples: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Means of every measure and run under questions drawn anew, the same draws for all of them.
-
-    A language of which a resample has no query is left out of that resample's mean over languages.
-
-    Args:
-        sums_MRCL: sums of each measure over a question's queries, by run and language.
-        counts_MCL: numbers of those queries.
-        averaged_L: bool, languages that the mean over languages is of.
-        resamples: B.
-        rng: draws the questions.
-
-    Returns:
-        (B, M, R, G) float64.
-    """
-    measures, runs, questions, languages = sums_MRCL.shape
-    sums = np.moveaxis(sums_MRCL, 2, 0).reshape(questions, -1)
-    counts = np.moveaxis(counts_MCL, 1, 0).reshape(questions, -1)
-    drawn = []
-    for n in _chunks(resamples, questions):
-        picks = rng.integers(0, questions, (n, questions))
-        picks += np.arange(n)[:, None] * questions
-        weights = np.bincount(picks.ravel(), minlength=n * questions).reshape(n, questions).astype(np.float64)
-        sums_BMRL = (weights @ sums).reshape(n, measures, runs, languages)
-        drawn.append(_means(sums_BMRL, (weights @ counts).reshape(n, measures, 1, languages), averaged_L))
-    return np.concatenate(drawn)
-
-
-def randomisation(parts_KC: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Two-sided p-values of differences, were the names of the two runs exchanged at random in every question.
-
-    The observed exchange counts as one of them, so that p is never 0 and the test exact (Phipson and Smyth 2010).
-
-    Args:
-        parts_KC: what each question contributes to the differences: row k sums to difference k.
-        resamples: B.
-        rng: draws the exchanges.
-
-    Returns:
-        (K,) float64, NaN where a row holds NaN.
-    """
-    parts = np.ascontiguousarray(np.nan_to_num(parts_KC).T)
-    seen = np.abs(parts.sum(axis=0)) - ROUNDING * np.abs(parts).sum(axis=0)
-    as_far = np.zeros(len(parts_KC))
-    for n in _chunks(resamples, len(parts)):
-        signs = rng.integers(0, 2, (n, len(parts)), dtype=np.int8) * 2.0 - 1.0
-        as_far += (np.abs(signs @ parts) >= seen).sum(axis=0)
-    return np.where(np.isnan(parts_KC).any(axis=1), np.nan, (1 + as_far) / (1 + resamples))
-
-
-def _measured(
-    sums_MRCL: np.ndarray, counts_MCL: np.ndarray, averaged_L: np.ndarray, resamples: int, level: float, seed: int
+    numbers: tuple[int, int],
+    level: float,
+    seed: int,
 ) -> Iterator[Measured]:
     draw, exchange = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(2))
-    values_MRG = _means(sums_MRCL.sum(axis=2), counts_MCL.sum(axis=1)[:, None], averaged_L)
-    drawn_BMRG = bootstrap(sums_MRCL, counts_MCL, averaged_L, resamples, draw)
+    values_MRG = means_of(sums_MRCL.sum(axis=2), counts_MCL.sum(axis=1)[:, None], averaged_L)
+    drawn_BMRG = bootstrap(sums_MRCL, counts_MCL, averaged_L, numbers[0], draw)
     parts_MRGC = _parts(sums_MRCL, counts_MCL, averaged_L)
-    p_MRG = randomisation(parts_MRGC.reshape(-1, parts_MRGC.shape[-1]), resamples, exchange)
-    p_MRG = p_MRG.reshape(parts_MRGC.shape[:-1])
+    shape = parts_MRGC.shape[:-1]
+    rows_MRG = np.arange(np.prod(shape)).reshape(shape)
+    blocks = [(rows_MRG[..., [0, *(1 + there)]].ravel(), asked) for asked, there in blocks_of(counts_MCL)]
+    p_MRG = randomisation(parts_MRGC.reshape(rows_MRG.size, -1), numbers[1], exchange, blocks).reshape(shape)
     for values_RG, drawn_BRG, p_RG in zip(values_MRG, np.moveaxis(drawn_BMRG, 1, 0), p_MRG, strict=True):
         yield Measured(
             values=values_RG,
@@ -249,15 +189,6 @@ def _averaged(languages: Sequence[str]) -> np.ndarray:
     return averaged if averaged.any() else ~averaged
 
 
-def _means(sums: np.ndarray, counts: np.ndarray, averaged_L: np.ndarray) -> np.ndarray:
-    """(..., L) sums and counts to (..., G) means: over the averaged languages, then of each."""
-    means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    there = ~np.isnan(means) & averaged_L
-    total, n = np.where(there, means, 0).sum(axis=-1, keepdims=True), there.sum(axis=-1, keepdims=True)
-    overall = np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
-    return np.concatenate([overall, means], axis=-1)
-
-
 def _interval(drawn: np.ndarray, level: float) -> np.ndarray:
     """(B, ...) draws to (..., 2) percentiles."""
     ends = [(1 - level) / 2, (1 + level) / 2]
@@ -265,12 +196,6 @@ def _interval(drawn: np.ndarray, level: float) -> np.ndarray:
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # a language without such queries
         quantiles = np.nanquantile(drawn, ends, axis=0) if np.isnan(drawn).any() else np.quantile(drawn, ends, axis=0)
     return np.moveaxis(quantiles, 0, -1)
-
-
-def _chunks(resamples: int, questions: int) -> Iterator[int]:
-    size = max(CHUNK // questions, 1)
-    for done in range(0, resamples, size):
-        yield min(size, resamples - done)
 
 
 def _sums(cells: np.ndarray, weights: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:

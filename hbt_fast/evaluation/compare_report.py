@@ -17,8 +17,8 @@ STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 METHOD = (
     "Intervals: percentiles of a bootstrap over questions, each drawn with its queries in all languages (Efron 1979; "
     "Koehn 2004). p: two-sided randomisation test that exchanges two runs question by question (Smucker et al. 2007), "
-    "corrected after Holm (1979) over the runs, and by language over runs and languages, within a measure; "
-    "no p is below 1 / (resamples + 1)."
+    "corrected after Holm (1979) over the runs, and by language over runs and languages, within a measure. {exchanges} "
+    "exchanges: no p is below one in as many."
 )
 _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -58,7 +58,7 @@ def to_markdown(comparison: Comparison, remarks: Sequence[str] = ()) -> str:
         parts.append("## By language" if any(">" in language for language in c.languages) else "## By query language")
         for name in main:
             parts += [label(name), _language_table(c, name)]
-    return "\n\n".join([*parts, *remarks, *([METHOD] if c.resamples else [])]) + "\n"
+    return "\n\n".join([*parts, *remarks, *([_method(c)] if c.resamples else [])]) + "\n"
 
 
 def to_json(comparison: Comparison, files: Sequence[str], remarks: Sequence[str] = ()) -> str:
@@ -77,9 +77,10 @@ def to_json(comparison: Comparison, files: Sequence[str], remarks: Sequence[str]
         "queries": c.queries,
         "questions": c.questions or None,
         "resamples": c.resamples,
+        "exchanges": c.exchanges,
         "level": c.level,
         "seed": c.seed,
-        "method": METHOD if c.resamples else "figures only",
+        "method": _method(c) if c.resamples else "figures only",
         "remarks": list(remarks),
         "measures": {
             name: {
@@ -157,6 +158,10 @@ def stars(p: float) -> str:
         p: corrected; NaN has none.
     """
     return next((mark for bound, mark in STARS if p <= bound), "")
+
+
+def _method(c: Comparison) -> str:
+    return METHOD.format(exchanges=f"{c.exchanges:,}")
 
 
 def _counts(c: Comparison) -> str:

@@ -77,7 +77,7 @@ def figures_only(runs: Sequence[Run]) -> Comparison:
     shared = [name for name in first.figures if all(name in run.figures for run in runs)]
     measures = {name: _untested(np.stack([run.figures[name] for run in runs])) for name in shared}
     return Comparison(
-        first.task, [run.name for run in runs], first.languages, first.queries, 0, 0, 0.95, 0, measures
+        first.task, [run.name for run in runs], first.languages, first.queries, 0, 0, 0, 0.95, 0, measures
     )  # fmt: skip
 
 
