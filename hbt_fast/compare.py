@@ -108,9 +108,11 @@ def learning_curve(folder: Path | None) -> list[tuple[int, dict[str, float]]]:
     Args:
         folder: of the run, which may have a metrics.jsonl; None: no training run.
     """
+    if folder is None:
+        return []
     from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, read_metrics
 
-    records = read_metrics(folder / "metrics.jsonl") if folder else []
+    records = read_metrics(folder / "metrics.jsonl")
     done = max((record["step"] + 1 for record in records if "loss" in record), default=0)
     points = {}
     for record in records:

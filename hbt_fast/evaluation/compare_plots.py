@@ -153,7 +153,8 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Fig
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(there) :]:
         panel.remove()
-    figure.supxlabel("training steps", fontsize=10)
+    for panel in panels[max(len(there) - 2, 0) : len(there)]:
+        panel.set_xlabel("training steps")
     figure.suptitle(f"Evaluations during training, {task}", x=0.01, ha="left", fontsize=11)
     _legend(figure, panels[0], len(names))
     return figure

@@ -166,7 +166,7 @@ def _method(c: Comparison) -> str:
 
 def _counts(c: Comparison) -> str:
     asked = f" of {c.questions:,} questions" if c.questions and c.questions != c.queries else ""
-    several = "language pairs" if any(">" in language for language in c.languages) else "languages"
+    several = "directions" if any(">" in language for language in c.languages) else "languages"
     return f"{c.queries:,} queries{asked}, {len(c.languages)} {several if len(c.languages) > 1 else 'language'}."
 
 
