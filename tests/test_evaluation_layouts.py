@@ -50,7 +50,7 @@ def scifact(tmp_path):
         {"_id": "d3", "title": "Only title", "text": ""},
     ])  # fmt: skip
     put(folder / "queries.jsonl", [{"_id": q, "text": f"query {q}"} for q in ("1", "2", "3", "4")])
-    put(folder / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n1\td1\t2\n1\td3\t1\n2\td2\t1\n3\td2\t0\n")
+    put(folder / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n1\td3\t1\n1\td1\t2\n2\td2\t1\n3\td2\t0\n")
     put(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\n4\td1\t1\n")
     return folder
 
@@ -94,6 +94,7 @@ def test_mr_tydi(tmp_path, ir_format):
     """The unpacked archive, and the judgements of its hub repository."""
     folder = tmp_path / "mrtydi-v1.1-swahili"
     put(folder / "collection" / "docs.jsonl.gz", [{"id": "1#0", "contents": "Kenya\n\nMji mkuu ni Nairobi."}])
+    put(folder / "topic.tsv", "8\tof all splits?\n")
     for split in ("train", "dev", "test"):
         names = ("ir-format-data/topics.{}.txt", "ir-format-data/qrels.{}.txt") if ir_format else (
             "topic.{}.tsv", "qrels.{}.txt")  # fmt: skip
