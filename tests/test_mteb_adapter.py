@@ -42,7 +42,7 @@ class LocalXQuAD(XQuADRetrieval):
                 "title": ["", "red stone"] * (len(ids) // 2),
                 "text": [f" {row.passages[language]} " for row in ROWS[::2]],
             }
-            queries = {"id": query_ids, "text": [row.queries[language] for row in (*ROWS[:-1], ROWS[0])]}
+            queries = {"id": query_ids, "text": [row.queries[language] for row in (ROWS[1], *ROWS[1:])]}
             if self.instructed:
                 queries["instruction"] = ["green old wind", "say moon"] * (len(query_ids) // 2)
             ranked = {query: ids[i % 7 : i % 7 + 9] for i, query in enumerate(query_ids)}
