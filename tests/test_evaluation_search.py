@@ -57,6 +57,13 @@ def two_gpus(monkeypatch):
         copies.extend(faiss.clone_index(index) for _ in range(2))
         for copy in copies[-2:]:
             shards.add_shard(copy)
+        anywhere = shards.search
+
+        def search_on_gpus(queries, k):
+            assert k <= 2048
+            return anywhere(queries, k)
+
+        shards.search = search_on_gpus
         return shards
 
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
@@ -221,11 +228,11 @@ def test_clusters_have_enough_to_be_trained_on_unless_told_otherwise():
 def test_gpus_share_the_candidates_out(two_gpus):
     queries, candidates = small_integers(20), small_integers(300)
     expected = brute_force(queries, candidates, 10)
-    for shard in (300, 70):
+    for shard in (300, 70, 7):  # 7: fewer on each than are asked for
         scores, indices = search(queries, candidates, 10, device="cuda", workspace_bytes=4 * 6 * shard)
         assert np.array_equal(scores, expected[0])
         assert np.array_equal(indices, expected[1])
-    assert [type(index) for index, _ in two_gpus] == [faiss.IndexFlatIP] * 2
+    assert [type(index) for index, _ in two_gpus] == [faiss.IndexFlatIP] * 3
 
 
 @pytest.mark.parametrize("index", ["ivf", "ivf-pq"])

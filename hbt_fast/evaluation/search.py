@@ -78,7 +78,7 @@ def recall_against_exact(approximate_indices: np.ndarray, exact_indices: np.ndar
 
     Args:
         approximate_indices: (N, k) integers; -1 (nothing found) is a miss.
-        exact_indices: (N, k) integers.
+        exact_indices: (N, k) integers, of "flat".
 
     Raises:
         ValueError: shapes that differ, or nothing to compare.
@@ -86,7 +86,7 @@ def recall_against_exact(approximate_indices: np.ndarray, exact_indices: np.ndar
     approximate, exact = np.asarray(approximate_indices), np.asarray(exact_indices)
     if approximate.shape != exact.shape or exact.ndim != 2 or exact.size == 0:
         raise ValueError(f"both must be (N, k) and not empty; they are {approximate.shape} and {exact.shape}")
-    hits = [np.intersect1d(a[a >= 0], e).size for a, e in zip(approximate, exact, strict=True)]
+    hits = [np.intersect1d(a, e).size for a, e in zip(approximate, exact, strict=True)]
     return float(np.mean(hits)) / exact.shape[1]
 
 
