@@ -200,7 +200,7 @@ def _difference_table(c: Comparison, measures: Sequence[str]) -> str:
     for m in measures:
         for run in range(len(c.names) - 1):
             row = [label(m), _cell(c.names[run + 1]), *_difference(c.measures[m], run, 0, m)]
-            rows.append([*row[:-1], f"{c.measures[m].p[run, 0]:.4f}", row[-1]])
+            rows.append([*row[:-1], _p(c.measures[m].p[run, 0]), row[-1]])
     return _table(["measure", "run", "difference", "interval", "p", "p (Holm)"], rows, words=2)
 
 
@@ -228,8 +228,14 @@ def _difference(measured: Measured, run: int, column: int, m: str) -> tuple[str,
     return (
         number(m, measured.differences[run, column], "+") + stars(p),
         _interval(m, measured.difference_intervals[run, column], "+").strip(),
-        "-" if math.isnan(p) else f"{p:.4f}",
+        _p(p),
     )
+
+
+def _p(p: float) -> str:
+    if math.isnan(p):
+        return "-"
+    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
 def _entries(c: Comparison, measured: Measured, column: int) -> list[dict]:
