@@ -140,6 +140,9 @@ def test_program_takes_the_first_dimensions(folder, tmp_path, capsys, make_encod
         ({"query": "query: ", "document": "passage: "}, [], ("query: ", "passage: ")),
         ({"query": "", "passage": "p", "document": "d"}, [], ("", "p")),
         ({"query": "query: "}, ["--passage-prompt", ""], ("query: ", "")),
+        (None, ["--task", "bitext"], ("", "")),
+        ({"query": "query: ", "passage": "passage: "}, ["--task", "bitext"], ("query: ", "query: ")),
+        (None, ["--task", "bitext", "--query-prompt", "q: "], ("q: ", "q: ")),
     ],
 )
 def test_prompts_come_from_the_command_line_then_the_model_then_the_paper(tmp_path, recorded, flags, expected):
