@@ -338,6 +338,9 @@ def test_without_values_of_queries_the_figures_are_shown_and_what_is_missing_is_
     assert "b.queries.npz is not there" in said.err
     assert "*" not in (tmp_path / "out" / "table.tex").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "settings.png").is_file()
+    entry = json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf-8"))["measures"]["mo"]["overall"][1]
+    assert entry["p"] is entry["interval"] is None
+    assert entry["difference"] != 0
 
 
 def test_what_cannot_be_compared_is_said_in_words(files, tmp_path, capsys):
