@@ -77,7 +77,7 @@ def test_build_and_search(against_floor, vectors, options):
         lambda: search(queries, candidates, 100, device="cpu", **options),
         lambda: torch.topk(torch.mm(q_Nd, p_Md.T), 100),
         "product and torch.topk",
-        rounds=3,
+        rounds=2,
     )
 
 

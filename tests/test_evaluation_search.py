@@ -12,6 +12,7 @@ import pytest
 
 from hbt_fast.evaluation.bias import language_bias
 from hbt_fast.evaluation.search import compare_indexes, recall_against_exact, search
+from hbt_fast.evaluation.shards import sample
 
 
 def floats(count: int, d: int = 24, seed: int = 0) -> np.ndarray:
@@ -182,6 +183,16 @@ def test_an_index_is_the_same_from_whatever_shards_it_is_filled(index, form, tmp
     scores, indices = search(queries, given, 10, index=index, workspace_bytes=4 * 32 * 333)
     assert np.array_equal(indices, whole[1])
     np.testing.assert_allclose(scores, whole[0], rtol=1e-5)
+
+
+def test_training_vectors_are_drawn_from_all_candidates_alike():
+    candidates = floats(3000, 2)
+    drawn = sample(candidates, 2, 3000, 600)
+    places = [int(np.flatnonzero((candidates == vector).all(axis=1))[0]) for vector in drawn]
+    assert (np.diff(places) > 0).all()
+    assert (np.histogram(places, bins=10, range=(0, 3000))[0] > 30).all()  # 60 each if alike; less than 30 is 5 sigma
+    cut = [candidates[:1], candidates[1:1700], candidates[1700:].astype(np.float64)]
+    assert np.array_equal(sample(cut, 2, 70, 600), drawn)
 
 
 def test_too_few_in_the_clusters_looked_at_are_filled_up_with_minus_one():

@@ -195,24 +195,28 @@ def _search_flat(
         total = first + len(p_sd)
         # One more than k shows where equal scores straddle the k-th place: FAISS keeps any of them.
         wanted = min(k + 1, len(p_sd), GPU_MAX_K if gpus else len(p_sd))
-        scores, places = _top(*nearest(p_sd, wanted), wanted)
+        scores, places = _in_order(*nearest(p_sd, wanted))
         tied = np.flatnonzero(scores[:, k - 1] == scores[:, k]) if wanted > k else []
         scores, places = scores[:, :k], places[:, :k]
         for start in range(0, len(tied), size := max(1, rows * q_Nd.shape[1] // len(p_sd))):
             some = tied[start : start + size]
             scores[some], places[some] = _top_of_all(q_Nd[some] @ p_sd.T, k)
         scores_Nk, indices_Nk = np.hstack([scores_Nk, scores]), np.hstack([indices_Nk, first + places])
-        scores_Nk, indices_Nk = _top(scores_Nk, indices_Nk, k)
+        # Stable: of equal scores those of earlier shards, on the left, stay in front. Two sorted runs merge in no time.
+        order = np.argsort(-scores_Nk, axis=1, kind="stable")[:, :k]
+        scores_Nk, indices_Nk = (np.take_along_axis(array, order, axis=1) for array in (scores_Nk, indices_Nk))
         del p_sd
     if k > total:
         raise _wrong_k(k, total)
     return scores_Nk, indices_Nk
 
 
-def _top(scores: np.ndarray, indices: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of each row, by (score, then lower index)."""
-    order = np.lexsort((indices, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
+def _in_order(scores: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts rows that descend in score by (score, then lower place), in place."""
+    rows = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
+    order = np.lexsort((places[rows], -scores[rows]), axis=1)
+    places[rows] = np.take_along_axis(places[rows], order, axis=1)
+    return scores, places
 
 
 def _top_of_all(s_ns: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
