@@ -162,24 +162,34 @@ class EvalConfig:
     """Evaluation before, during and after training, by all ranks.
 
     Args:
-        task: xquad-r (a LAReQA folder), cldr (held-out concepts of the embedded demo), or none.
-        data: the task's folder.
+        task: xquad-r or mlqa-r (a LAReQA folder), beir, miracl or mr-tydi (corpus, queries, qrels), rerank, jsonl (your
+            own), cldr (held-out concepts of the embedded demo), or none.
+        data: the task's folder or file.
+        split: of the task's judgements, where there are several.
         languages: evaluate only these languages; null takes all.
         context: candidates are sentence + context instead of the sentence alone.
         before: evaluate the model before training too.
         every: evaluate after every so many steps and after the last; the best one's checkpoint stays, and is what is
             exported. 0: none during training; the last step is exported.
-        metric: that says which is the best: mul, cr or mo (mAP), or rank_distance (lower is better).
+        queries: draw so many questions (by train.seed) for evaluations during training; null: all. Before and after
+            training all are evaluated.
+        candidates: of these evaluations: all that are relevant to the questions drawn, and others up to so many; null:
+            all.
+        metric: that says which is the best: mul, cr or mo (mAP), rank_distance (lower is better); ndcg@10, recall@100
+            or mrr@10 in the pool of the question's language.
         patience: after so many evaluations in a row without a better one training ends; null: it never does.
     """
 
-    task: Literal["xquad-r", "cldr", "none"] = "none"
+    task: Literal["xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank", "jsonl", "cldr", "none"] = "none"
     data: str | None = None
+    split: str | None = None
     languages: list[str] | None = None
     context: bool = False
     before: bool = True
     every: int = 0
-    metric: Literal["mul", "cr", "mo", "rank_distance"] = "mul"
+    queries: int | None = None
+    candidates: int | None = None
+    metric: Literal["mul", "cr", "mo", "rank_distance", "ndcg@10", "recall@100", "mrr@10"] = "mul"
     patience: int | None = None
 
 

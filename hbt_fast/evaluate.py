@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=TASKS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_encoder_arguments(parser)
+    add_encoder_arguments(parser, precision="fp32")  # figures are then the same on every machine
     tasks = ["xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank", "bitext", "jsonl"]
     parser.add_argument("--task", default="xquad-r", choices=tasks, help="default: xquad-r")
     parser.add_argument(
@@ -169,23 +169,11 @@ def load_task(args: argparse.Namespace) -> RetrievalTask | BitextTask:
         from hbt_fast.evaluation.bitext_data import load_bitext
 
         task = load_bitext(args.data, languages)
-    elif args.task in ("xquad-r", "mlqa-r"):
-        from hbt_fast.evaluation import lareqa
-
-        load = lareqa.xquad_r if args.task == "xquad-r" else lareqa.mlqa_r
-        task = load(args.data, context=args.context, languages=languages)
-    elif args.task == "jsonl":
-        from hbt_fast.evaluation.jsonl import jsonl
-
-        task = jsonl(args.data, languages)
-    elif args.task == "rerank":
-        from hbt_fast.evaluation.reranking import reranking
-
-        task = reranking(args.data, args.split, languages)
     else:
-        from hbt_fast.evaluation.beir import beir
+        from hbt_fast.evaluation.load import load_retrieval
 
-        task = beir(args.data, args.split, languages)
+        options = {"split": args.split, "context": args.context, "languages": languages}
+        task = load_retrieval(args.task, args.data, **options)
     return replace(task, groups=parse_groups(args.groups)) if args.groups else task
 
 

@@ -19,7 +19,7 @@ from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, read_metrics
 from hbt_fast.engine.validation import LOWER_IS_BETTER
 from hbt_fast.evaluation.metrics import Results
 
-NAMES = dict(zip(METRICS, ("Mo", "Cr", "Mul", "rank distance"), strict=True))
+NAMES = dict(zip(METRICS, ("Mo", "Cr", "Mul", "rank distance", "nDCG@10", "Recall@100", "MRR@10"), strict=True))
 SKIPPED = 20  # that are listed
 
 STYLE = """
@@ -220,19 +220,27 @@ def _headline(run: _Run) -> str:
     rows = [(name, r) for name, r in (("before", run.before), ("after", run.after)) if r is not None]
     if not rows:
         return '<p class="soft">No evaluation was made before or after training.</p>'
-    body = [[name, *(_metric(key, getattr(r, key)) for key in METRICS)] for name, r in rows]
+    keys = _keys(rows[-1][1].parallel)
+    body = [[name, *(_metric(key, r.value(key)) for key in keys)] for name, r in rows]
     if len(rows) == 2:
-        change = [getattr(run.after, key) - getattr(run.before, key) for key in METRICS]
-        body.append(["change", *(_metric(key, value, "+") for key, value in zip(METRICS, change, strict=True))])
+        change = [run.after.value(key) - run.before.value(key) for key in keys]
+        body.append(["change", *(_metric(key, value, "+") for key, value in zip(keys, change, strict=True))])
     task = rows[-1][1]
     what = f"{task.task}: {task.queries:,} queries, {task.candidates:,} candidates, {len(task.languages)} languages."
     missing = "" if run.after else '<p class="soft">There is no evaluation after training (yet).</p>'
-    return (
-        f"{_table(['', *NAMES.values()], body)}{missing}"
-        f'<p class="soft">{escape(what)} mAP where question and pool are in one language (Mo), the pool is in one '
-        "other language (Cr), in all languages (Mul); rank distance: how far apart the parallel answers of a question "
-        "stand in that pool.</p>"
-    )
+    meaning = "In the pool of the question's language."
+    if rows[-1][1].parallel:
+        meaning = (
+            "mAP where question and pool are in one language (Mo), the pool is in one other language (Cr), in all "
+            "languages (Mul); rank distance: how far apart the parallel answers of a question stand in that pool."
+        )
+    table = _table(["", *(NAMES[key] for key in keys)], body)
+    return f'{table}{missing}<p class="soft">{escape(what)} {meaning}</p>'
+
+
+def _keys(parallel: bool) -> tuple[str, ...]:
+    """What a task is reported by, with parallel answers or without."""
+    return METRICS[:4] if parallel else METRICS[4:]
 
 
 def _metric(name: str, value: float, sign: str = "") -> str:
@@ -266,24 +274,26 @@ def _during(run: _Run) -> str:
     if not made:
         return ""
     metric = run.setting("eval.metric") or "mul"
-    measured = [r for r in made if r[metric] is not None]
+    measured = [r for r in made if r.get(metric) is not None]
+    keys = _keys(any(r["cr"] is not None or r["rank_distance"] is not None for r in made))
     pick = min if metric in LOWER_IS_BETTER else max
     best = pick(measured, key=lambda r: r[metric])["step"] if measured else None
     start = [{**r, "step": 0} for r in run.records if r.get("evaluation") == BEFORE][-1:]
     curve = start + made
     lines = [
-        Line(NAMES[key], *zip(*((r["step"], r[key]) for r in curve if r[key] is not None), strict=True), dots=True)
-        for key in METRICS[:3]
-        if any(r[key] is not None for r in curve)
+        Line(NAMES[key], *zip(*((r["step"], r[key]) for r in curve if r.get(key) is not None), strict=True), dots=True)
+        for key in keys
+        if key not in LOWER_IS_BETTER and any(r.get(key) is not None for r in curve)
     ]
     mark = None if best is None else (best, f"best {NAMES[metric]}: step {best:,}")
     rows = [
         [f"{r['step']:,}{' (best)' if r['step'] == best else ''}",
-         *(_metric(key, math.nan if r[key] is None else r[key]) for key in METRICS)]
+         *(_metric(key, math.nan if r.get(key) is None else r[key]) for key in keys)]
         for r in curve
     ]  # fmt: skip
     marked = [r["step"] == best for r in curve]
-    return line_chart(lines, "mAP", mark=mark) + _table(["step", *NAMES.values()], rows, marked)
+    label = "mAP" if "mul" in keys else "own pool"
+    return line_chart(lines, label, mark=mark) + _table(["step", *(NAMES[key] for key in keys)], rows, marked)
 
 
 def _maps(run: _Run) -> str:

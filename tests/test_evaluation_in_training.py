@@ -20,6 +20,7 @@ from hbt_fast.engine.launch import World, make_engine, start
 from hbt_fast.engine.runlog import DURING, RunLog
 from hbt_fast.engine.validation import Validation, check_evaluation
 from hbt_fast.evaluation.metrics import Results
+from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.run import EvaluationError, evaluate
 from hbt_fast.train import build, main
 
@@ -294,3 +295,50 @@ def test_zero_3_on_two_ranks_trains_on_as_if_there_had_been_no_evaluation(folder
         assert_equal_tensors(tmp_path / "plain" / name, tmp_path / "watched" / name)
     best = max(during(tmp_path / "watched"), key=lambda r: r["mul"])
     assert json.loads((tmp_path / "watched" / "evaluation.json").read_text())["mul"] == best["mul"]
+
+
+def test_evaluations_during_training_may_draw_questions_and_those_before_and_after_have_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = ["eval.every=6", "eval.queries=9", "eval.candidates=30"]
+    main([*SMALL, *drawn, "eval.before=true", "train.run_dir=run"])
+    whole = load_task(Config(eval=EvalConfig("cldr", languages=["en", "de"])))
+    state = json.loads(Path(f"run/checkpoint-{STEPS:06d}/state.json").read_text())
+    assert f"9 of {len(set(whole.query_ids)):,} questions: 18 queries, 30 candidates" in json.dumps(state)
+    for when in ("evaluation-before", "evaluation"):
+        results = Results.from_json(Path(f"run/{when}.json").read_text())
+        assert (results.queries, results.candidates) == (len(whole.queries), len(whole.candidates))
+        per_query = PerQuery.read(Path(f"run/{when}.queries.npz"))
+        assert per_query.measures["mul"].mean() == pytest.approx(results.mul)  # as many queries in each language
+    part = whole.subset(9, 0, 30)
+    found = evaluate(Encoder.from_pretrained("run/model"), part, log=None)
+    best = max(during(Path("run")), key=lambda r: r["mul"])
+    assert [best[name] for name in ("mo", "cr", "mul", "ndcg@10")] == [
+        pytest.approx(found.value(name), abs=1e-6) for name in ("mo", "cr", "mul", "ndcg@10")
+    ]
+
+
+def test_questions_with_judged_passages_choose_the_best_step_by_ndcg(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [{"query": f"which {i}", "passage": f"the {i} of {i % 3}", "language": "en"} for i in range(12)]
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    own = ["eval.task=jsonl", "eval.data=own.jsonl", "eval.every=6", "eval.metric=ndcg@10"]
+    main([*SMALL[:-2], *own, "train.run_dir=run"])
+    made = during(Path("run"))
+    assert all(0 < r["ndcg@10"] <= 1 and r["cr"] is None for r in made)
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert "best nDCG@10: step" in page
+    assert "rank distance" not in page
+    with pytest.raises(SystemExit):
+        main([*SMALL[:-2], *own[:3], "eval.metric=mul", "train.run_dir=other", "eval.languages=[fr]"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 1, "queries": 0}, "eval.queries is 0; write 1 or more"),
+        ({"every": 1, "candidates": 5}, "eval.candidates is set, but eval.queries is not"),
+    ],
+)
+def test_draws_that_cannot_be_made_are_named(settings, message):
+    with pytest.raises(SettingError, match=message):
+        check_evaluation(EvalConfig("cldr", **settings))

@@ -109,7 +109,10 @@ def identity(encoder: Encoder, how: How) -> dict[str, str | int]:
         encoder: what encodes.
         how: what is asked for.
     """
-    tokenizer = xxhash.xxh3_128_hexdigest(encoder.tokenizer.backend_tokenizer.to_str().encode())
+    state = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    for remembered in ("truncation", "padding"):  # of its last texts
+        state.pop(remembered, None)
+    tokenizer = xxhash.xxh3_128_hexdigest(json.dumps(state).encode())
     settings = {"pooling": encoder.pooling, "max_length": encoder.max_length, "autocast": str(encoder.autocast)}
     return {
         "weights": weights_checksum(dict(encoder.named_parameters())),

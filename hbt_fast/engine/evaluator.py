@@ -8,9 +8,9 @@ from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.encode import SharedEncoder
 from hbt_fast.engine.runlog import BEFORE, DURING
 from hbt_fast.engine.share import parameters_of_all
-from hbt_fast.evaluation.lareqa import xquad_r
+from hbt_fast.evaluation.load import load_retrieval
 from hbt_fast.evaluation.metrics import Results
-from hbt_fast.evaluation.run import EvaluationError, evaluate
+from hbt_fast.evaluation.run import EvaluationError, measure
 from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def load_task(config: Config) -> RetrievalTask | None:
         languages = settings.languages or config.data.languages
         return task_from_rows("held-out CLDR concepts", cldr_rows("test", tuple(languages) if languages else None))
     if settings.data is None:
-        raise SettingError("eval.task is xquad-r, but eval.data is not set; write the folder of its JSON files")
-    return xquad_r(settings.data, context=settings.context, languages=settings.languages)
+        raise SettingError(f"eval.task is {settings.task}, but eval.data is not set; write the folder of its files")
+    options = {"split": settings.split, "context": settings.context, "languages": settings.languages}
+    return load_retrieval(settings.task, settings.data, **options)
 
 
 def spread(trained: Towers, world: World) -> Towers:
@@ -68,6 +69,10 @@ class Evaluator:
         self.config, self.world, self.log = config, world, log
         self.on = config.eval.task != "none"
         self.task = load_task(config) if world.first else None
+        self.part = self.task  # what is evaluated during training
+        settings = config.eval
+        if self.task is not None and settings.queries is not None:
+            self.part = self.task.subset(settings.queries, config.train.seed, settings.candidates)
 
     def __call__(
         self, trained: Towers | TorchEngine | DeepSpeedEngine, when: str, step: int | None = None
@@ -94,9 +99,9 @@ class Evaluator:
             self.log.say(f"\nevaluating {when}")
         model = self.config.model
         try:
-            results = evaluate(
+            results, per_query = measure(
                 shared.queries,
-                self.task,
+                self.part if when == DURING else self.task,
                 model.query_prompt,
                 model.passage_prompt,
                 passage_encoder=shared.passages,
@@ -110,10 +115,8 @@ class Evaluator:
         shared.end(results.to_json())
         self.log.evaluation(when, results, step)
         if when != DURING:
-            self.log.say(
-                f"mAP monolingual {results.mo:.4f}  cross-lingual {results.cr:.4f}  multilingual {results.mul:.4f}  "
-                f"rank distance {results.rank_distance:,.1f}\n"
-            )
+            self.log.say(f"{results.headline()}\n")
+            per_query.write(self.log.run / f"evaluation{'-before' if when == BEFORE else ''}.queries.npz")
         return results
 
     def before(self, towers: Towers) -> Results | None:

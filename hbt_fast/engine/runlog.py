@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hbt_fast.evaluation.metrics import Results
 
 BEFORE, DURING, AFTER = "before training", "during training", "after training"  # when an evaluation was made
-METRICS = ("mo", "cr", "mul", "rank_distance")
+METRICS = ("mo", "cr", "mul", "rank_distance", "ndcg@10", "recall@100", "mrr@10")
 
 
 class RunLog:
@@ -156,7 +156,7 @@ class RunLog:
         """An evaluation was made (during training: after `step` steps): a line in metrics.jsonl."""
         if not self.on:
             return
-        values = {name: getattr(results, name) for name in METRICS}
+        values = {name: results.value(name) for name in METRICS}
         values = {name: None if math.isnan(value) else value for name, value in values.items()}
         seconds = round(sum(results.seconds.values()), 2)
         self._append({"evaluation": when, **({} if step is None else {"step": step}), **values, "seconds": seconds})

@@ -26,6 +26,11 @@ def check_evaluation(settings: EvalConfig) -> None:
         raise SettingError(f"eval.every is {settings.every}; write a number of steps, or 0 for none during training")
     if settings.every and settings.task == "none":
         raise SettingError(f"eval.every is {settings.every}, but eval.task is none; write a task, or eval.every=0")
+    for name in ("queries", "candidates"):
+        if (number := getattr(settings, name)) is not None and number < 1:
+            raise SettingError(f"eval.{name} is {number}; write 1 or more, or null for all")
+    if settings.candidates is not None and settings.queries is None:
+        raise SettingError("eval.candidates is set, but eval.queries is not; write how many questions to draw")
     if settings.patience is not None and settings.patience < 1:
         raise SettingError(f"eval.patience is {settings.patience}; write 1 or more evaluations, or null to never stop")
     if settings.patience is not None and not settings.every:
@@ -107,7 +112,7 @@ class Validation:
             EvaluationError: the encoder's vectors cannot be ranked.
         """
         results, metric = self.evaluate(done), self.settings.metric
-        value = getattr(results, metric)
+        value = results.value(metric)
         task = f"{results.task}: {results.queries:,} queries, {results.candidates:,} candidates"
         if math.isnan(value):
             raise SettingError(
@@ -124,10 +129,7 @@ class Validation:
             self.since += 1
         self.task, self._last = task, done
         what = "the best so far" if better else f"{metric} was {self.best:.4f} after step {self.best_step}"
-        self.log.say(
-            f"evaluation after step {done}: Mo {results.mo:.4f}  Cr {results.cr:.4f}  Mul {results.mul:.4f}  "
-            f"rank distance {results.rank_distance:,.1f}; {what}"
-        )
+        self.log.say(f"evaluation after step {done}: {results.headline().splitlines()[0]}; {what}")
         return better
 
     def why(self) -> str:

@@ -71,8 +71,6 @@ class CachedEncoder:
 
     def _identity(self) -> dict[str, str | int]:
         """Without the prompt: a checksum of all weights takes a second or so, and a prompt changes none of them."""
-        # The tokenizer remembers how its last text was cut, and that is part of what identifies it: so let it be cut.
-        self.encoder.tokenise(["a"])
         return identity(self.encoder, How("", 0, self.dimensions or self.encoder.dimension, "float32"))
 
     def _key(self, texts: Sequence[str], prompt: str) -> str:

@@ -70,6 +70,13 @@ class Results:
         """Whether a query has relevant candidates in other languages than its own: Mo, Cr, Mul are what counts then."""
         return math.isfinite(self.cr) or math.isfinite(self.rank_distance)
 
+    def value(self, name: str) -> float:
+        """A measure by its name: "mo", "cr", "mul", "rank_distance", or a cut-off in the own pool (or re-ranking)."""
+        if name in _PAPER:
+            return getattr(self, name)
+        own = self.cutoffs.get("own") or self.cutoffs.get("re-ranking") or {}
+        return own.get(name, math.nan)
+
     def figures(self) -> dict[str, float]:
         """What such a task is reported by, of what was measured: Mo, Cr, Mul, rank distance; or cut-offs and mAP."""
         if self.parallel:
