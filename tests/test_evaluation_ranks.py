@@ -63,9 +63,9 @@ def relevant_of(problem, query: int) -> set[int]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("workspace_bytes", [1, 7 * 4 * 130, 2**20])
+@pytest.mark.parametrize("workspace_bytes", [1, 7 * 4 * 130, 2**20, None])
 def test_ranks_equal_a_full_sort_with_ties(backend, workspace_bytes):
-    # One row at a time, 7 rows (60 is no multiple), all rows at once.
+    # One row at a time, 7 rows (60 is no multiple), all rows at once, the default.
     problem = random_problem(0)
     ranks = exact_ranks(*problem, backend=backend, device="cpu", workspace_bytes=workspace_bytes)
     for pair, (query, candidate) in enumerate(zip(ranks.query, ranks.relevant, strict=True)):
@@ -305,6 +305,38 @@ def test_no_candidate_beats_itself_by_rounding():
             vectors, vectors, languages, languages, np.arange(258), np.arange(257), workspace_bytes=workspace_bytes
         )
         assert (ranks.in_whole_pool == 1).all()
+
+
+@pytest.mark.parametrize("m", [37, 130, 1309])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_equal_vectors_tie_in_every_column(n, m):
+    # m is no multiple of anything; 5 queries, two at a time, leave one for the last chunk.
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((n, 67)).astype(np.float32)
+    candidates = np.repeat(rng.standard_normal((1, 67)).astype(np.float32), m, axis=0)
+    pair_2M = torch.mm(torch.from_numpy(queries[[0, -1]]), torch.from_numpy(candidates).T)
+    if not bool((pair_2M == pair_2M[:, :1]).all()):
+        pytest.skip("the matrix product of this machine rounds some columns otherwise")
+    found = exact_ranks(
+        queries, candidates, ["en"] * n, ["en"] * m, m * np.arange(n + 1), np.tile(np.arange(m), n), device="cpu",
+        workspace_bytes=2 * 4 * m,
+    )  # fmt: skip
+    assert np.array_equal(found.in_whole_pool, 1 + np.tile(np.arange(m), n))
+
+
+def test_a_chunk_has_64_rows_however_many_candidates_there_are(monkeypatch):
+    rows, multiply = [], torch.mm
+
+    def spy(a, b, **options):
+        rows.append(len(a))
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    candidates = np.zeros((300_000, 1), dtype=np.float32)  # 56 rows of them are 64 MiB
+    problem = (np.zeros((130, 1), np.float32), candidates, ["en"] * 130, ["en"] * 300_000)
+    found = exact_ranks(*problem, np.arange(131), np.arange(130), device="cpu")
+    assert rows == [64, 64, 2]
+    assert found.in_whole_pool.tolist() == list(range(1, 131))
 
 
 def test_a_reduced_matmul_precision_of_the_program_is_not_used_and_comes_back(monkeypatch):
