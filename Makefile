@@ -31,7 +31,7 @@ $(READY): setup.py $(wildcard csrc/*.cpp)
 	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel packaging ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation "deepspeed>=0.19.2"
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,hf,st,lora,onnx,dev]" $(FAISS)
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,hf,st,lora,onnx,mteb,dev]" $(FAISS)
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps "open_clip_torch>=3.3"
 	touch $@
 

@@ -27,11 +27,12 @@ part() {  # seconds, name, arguments of pytest; an interrupt lets pytest print t
     [ "$rc" = 0 ] || { echo "== $name: exit status $rc (2 or 124: out of time)"; failed=1; }
 }
 
-part 150 correct tests/test_kernels_claims.py tests/test_loss_triton_claims.py tests/test_loss_triton_memory.py --maxfail=20
+part 150 correct tests/test_kernels_claims.py tests/test_counts_kernel.py tests/test_loss_triton_claims.py tests/test_loss_triton_memory.py --maxfail=20
 part 110 steps tests/test_packed_equals_padded.py tests/test_steps_on_a_gpu.py
 part 170 speed bench/bench_loss.py -k "not tiles" --results="$out/gpu-loss.md" --benchmark-json="$out/gpu-loss.json"
 part 60 step bench/bench_step.py --results="$out/gpu-step.md" --benchmark-json="$out/gpu-step.json"
 part 120 train bench/bench_train.py --results="$out/gpu-train.md" --benchmark-json="$out/gpu-train.json"
+part 40 eval bench/bench_eval.py -k xquad --results="$out/gpu-eval.md" --benchmark-json="$out/gpu-eval.json"
 part 60 encode bench/bench_encode.py --results="$out/gpu-encode.md" --benchmark-json="$out/gpu-encode.json"
 part 60 tiles bench/bench_loss.py -k tiles --results="$out/gpu-tiles.md" --benchmark-json="$out/gpu-tiles.json"
 

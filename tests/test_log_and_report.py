@@ -28,7 +28,7 @@ from hbt_fast.data.shares import BatchConfig
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World
 from hbt_fast.engine.progress import clock, log_line, negatives_per_query, phase_shares, short, tokens_of_all
-from hbt_fast.engine.runlog import AFTER, RunLog, read_metrics
+from hbt_fast.engine.runlog import AFTER, METRICS, RunLog, read_metrics
 from hbt_fast.engine.track import Tracker, scalars
 from hbt_fast.run_page import write_page
 from hbt_fast.train import main
@@ -229,7 +229,7 @@ def test_a_tracker_gets_the_settings_and_what_metrics_jsonl_has(finished):
     made = [(step, values) for step, values in finished.fake.logged if "loss" not in values]
     for (step, values), r, at in zip(made, records(finished.run, "evaluation"), (0, 4, 8, 8), strict=True):
         group = "exported" if r["evaluation"] == AFTER else "evaluation"
-        assert (step, values) == (at, {f"{group}/{name}": r[name] for name in ("mo", "cr", "mul", "rank_distance")})
+        assert (step, values) == (at, {f"{group}/{name}": r[name] for name in METRICS})
 
 
 def test_a_resumed_run_goes_on_in_the_same_tracker_without_duplicates(finished, tmp_path, monkeypatch):
