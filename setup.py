@@ -65,8 +65,8 @@ EXTRAS = {
 
 
 class BuildTiles(build_ext):
-    """Builds the loss and the rank counts for CPUs where torch and a compiler are at hand. Elsewhere these run in torch,
-    and `hbt_fast.explain` says so. Against torch's stable ABI: one build serves every torch from 2.11 on.
+    """Builds the loss and the counts of ranks for CPUs where torch and a compiler are at hand. Elsewhere these run in
+    torch, and `hbt_fast.explain` says so. Against torch's stable ABI: one build serves every torch from 2.11 on.
     """
 
     def run(self) -> None:
