@@ -218,7 +218,7 @@ def draw(results: BitextResults, path: str | Path) -> None:
 
     n = len(results.languages)
     side = min(max(0.36 * n + 2.0, 5.0), 22.0) if results._many else max(0.2 * n + 1.6, 3.5)
-    figure = Figure(figsize=(side + 1.0, side) if results._many else (7.5, side), layout="constrained")
+    figure = Figure(figsize=(side + 1.4, side + 1.2) if results._many else (7.5, side), layout="constrained")
     FigureCanvasAgg(figure)  # draws to a file whatever backend the program uses
     axis = figure.subplots()
     (_heat_map if results._many else _bars)(axis, results)
@@ -277,7 +277,7 @@ def _bars(axis: Axes, results: BitextResults) -> None:
     axis.set_xlim(0, 1)
     axis.set_xlabel("accuracy; right of the bars in %, into and out of")
     axis.tick_params(axis="y", length=0)
-    axis.legend(loc="lower left", fontsize=8, frameon=True)
+    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=8, frameon=False)
     for spine in ("top", "right", "left"):
         axis.spines[spine].set_visible(False)
 
