@@ -5,6 +5,7 @@ its shape with made-up texts of XQuAD's lengths. The floor is every product of e
 in micro-batches of as many tokens.
 """
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 import torch
 from steps import PASSAGE, QUESTION, WORLD, made_text, products
 
+from hbt_fast.encode import native_dtype
 from hbt_fast.encoder import Encoder
+from hbt_fast.encoder.onnx import in_8_bits
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +66,21 @@ def ours_padded(setting):
     return run
 
 
+def ours_bf16(setting):
+    """In bf16, beside the products in float32."""
+    if native_dtype(DEVICE) != torch.bfloat16 or DEVICE != "cpu":
+        pytest.skip("a GPU, which is in bf16 already, or no bf16 in this CPU")
+    encoder, *others = setting
+    return ours((deepcopy(encoder).to(torch.bfloat16), *others))
+
+
+def ours_int8(setting):
+    """In 8 bits by onnxruntime, beside the products in float32."""
+    pytest.importorskip("onnxruntime")
+    encoder, *others = setting
+    return ours((in_8_bits(deepcopy(encoder).cpu()), *others))
+
+
 def sentence_transformers(setting):
     library = pytest.importorskip("sentence_transformers")
     _, folder, texts = setting
@@ -95,6 +113,8 @@ def loop(setting):
 
 WAYS = {
     "hbt_fast": ours,
+    "hbt_fast, bf16": ours_bf16,
+    "hbt_fast, int8": ours_int8,
     "hbt_fast, padded": ours_padded,
     "sentence-transformers": sentence_transformers,
     "AutoModel, 32 texts at once": loop,
