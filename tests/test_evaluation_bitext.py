@@ -182,7 +182,7 @@ def test_vectors_that_are_not_finite_are_an_error_that_names_the_text(bad):
     ],
 )
 def test_layouts_are_recognised_among_other_files(tmp_path, files, shown):
-    write(tmp_path, {name: f"{name}\nb\n" for name in files})
+    write(tmp_path, {name: f" {name} \r\nb\n" for name in files})
     write(tmp_path, {"README.md": "x", "SOURCE.txt": "x", "LANGUAGES.tsv": "x", "LICENSE": "x"})
     (tmp_path / "older").mkdir()
     task = load_bitext(tmp_path)
