@@ -8,7 +8,6 @@ accuracy of bitext. With --out it writes JSON, a Markdown page, a picture, and a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -84,32 +83,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def recorded_prompts(model: str | Path) -> dict[str, str]:
-    """Prompts in the model folder's config_sentence_transformers.json: "query" and "passage", those that are there.
-
-    An empty prompt that is recorded counts: the model was trained without one.
-
-    Raises:
-        DataError: the file is there but is not JSON.
-    """
-    file = Path(model) / "config_sentence_transformers.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not valid JSON ({error})") from error
-    prompts = (config.get("prompts") if isinstance(config, dict) else None) or {}
-    found = {"query": prompts.get("query"), "passage": prompts.get("passage", prompts.get("document"))}
-    return {kind: prompt for kind, prompt in found.items() if prompt is not None}
-
-
 def choose_prompts(args: argparse.Namespace) -> tuple[tuple[str, str], list[str]]:
     """Command line, then the model's own record, then the defaults; with one line per prompt saying which it was.
 
     Bitext has sentences on both sides: the query's prompt goes before all, and there is none by default.
     """
-    recorded = recorded_prompts(args.model)
+    from hbt_fast.encoder.modules import recorded_prompts
+
+    recorded = recorded_prompts(str(args.model)) or {}
     bitext = args.task == "bitext"
     chosen, lines = [], []
     for kind, given, default in zip(
@@ -188,10 +169,12 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
         device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         # Cheap checks first: nobody should wait for a model to learn that a path is wrong.
         task = load_task(args)
-        before = _read_before(args.before, task.languages) if args.before else None
+        before = _read_before(args.before, task) if args.before else None
+        print(_described(task))
+        encoder = load(args, device)
         prompts, lines = choose_prompts(args)
-        print("\n".join([_described(task), *lines]))
-        encoder = _cached(load(args, device), args)
+        print("\n".join(lines))
+        encoder = _cached(encoder, args)
         run = _bitext if args.task == "bitext" else _retrieval
         run(args, encoder, task, prompts, before)
     except (ValueError, OSError) as error:
@@ -249,15 +232,17 @@ def _bitext(args: argparse.Namespace, encoder: Any, task: BitextTask, prompts: t
         print("wrote " + ", ".join(map(str, results.write(args.out))))
 
 
-def _read_before(file: Path, languages: list[str]) -> Results:
+def _read_before(file: Path, task: RetrievalTask) -> Results:
     from hbt_fast.evaluation.results import Results
 
     try:
         before = Results.from_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"--before {file}: {error}") from error
-    if before.languages != languages:
-        raise DataError(f"--before {file} has languages {before.languages}, this evaluation {languages}")
+    if before.task != task.name:
+        raise DataError(f"--before {file} is of the task {before.task}, this evaluation of {task.name}")
+    if before.languages != task.languages:
+        raise DataError(f"--before {file} has languages {before.languages}, this evaluation {task.languages}")
     return before
 
 

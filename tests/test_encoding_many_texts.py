@@ -15,7 +15,7 @@ import torch
 from conftest import WORDS
 from tokenizers import processors
 
-from hbt_fast.encoder import EncoderError, encoding
+from hbt_fast.encoder import Encoder, EncoderError, encoding
 from hbt_fast.encoder.export import export
 
 
@@ -233,6 +233,28 @@ def test_nothing_is_left_of_an_encoding_that_did_nothing(make_encoder, tmp_path)
 def test_settings_that_cannot_be_met_are_named(make_encoder, texts, options, message):
     with pytest.raises(EncoderError, match=message):
         make_encoder().encode(texts, **options)
+
+
+def test_a_text_longer_than_the_model_has_positions_is_named(make_encoder, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    encoder = make_encoder()
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(encoder.tokenizer), max_position_embeddings=16, **shape)
+    bert = Encoder(BertModel(config, add_pooling_layer=False), encoder.tokenizer, max_length=20)
+    with pytest.raises(EncoderError, match=r"a text of 20 tokens, and the model has positions for 16; lower"):
+        bert.encode(["a text " * 40])
+    bert.model.save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path).max_length == 16  # not BERT's 512
+    encoder.max_length = 100
+    with pytest.raises(EncoderError, match=r"positions for 32;"):  # XLM-R's table has 34: the first text is at 2
+        encoder.encode(["a text " * 40])
+
+
+def test_a_text_that_is_not_unicode_is_named(make_encoder):
+    with pytest.raises(EncoderError, match=r"the text 'half \\ud83d' is not valid Unicode"):
+        make_encoder().encode(["whole", "half \ud83d"])
 
 
 def test_no_texts(make_encoder, tmp_path):

@@ -179,6 +179,7 @@ def test_vectors_that_are_not_finite_are_an_error_that_names_the_text(bad):
         (["eng_Latn.devtest", "ace_Arab.devtest", "ace_Latn.devtest"], "ace-Arab ace-Latn en"),
         (["en.txt", "pt-BR.txt"], "en pt"),
         (["dev.en", "dev.sw", "dev.yo"], "en sw yo"),
+        (["corpus.de", "corpus.en", "corpus.ids", "corpus.xml"], "de en"),
     ],
 )
 def test_layouts_are_recognised_among_other_files(tmp_path, files, shown):
@@ -191,6 +192,15 @@ def test_layouts_are_recognised_among_other_files(tmp_path, files, shown):
     assert not any("ref-2" in file for file in task.sentences)
     for file, sentences in task.sentences.items():
         assert sentences == [file.rpartition("/")[2], "b"]
+
+
+def test_pairs_that_share_no_language_are_reported_by_language(tmp_path):
+    files = ("deu-fra.deu", "deu-fra.fra", "ita-spa.ita", "ita-spa.spa")
+    task = load_bitext(write(tmp_path, {f"tatoeba.{name}": "a\nb\n" for name in files}))
+    results = evaluate_bitext(Encoder({"a": np.eye(2)[0], "b": np.eye(2)[1]}), task, log=None)
+    page = results.to_markdown()
+    assert all(f"| {code} | 2 | 1.0000 | 1.0000 |" in page for code in ("de", "fr", "it", "es"))
+    assert all(path.stat().st_size for path in results.write(tmp_path / "out.json"))
 
 
 def test_pairs_share_no_english_file_and_many_languages_share_all(tmp_path):

@@ -78,6 +78,8 @@ def test_vectors_of_another_encoder_prompt_or_text_are_not_taken(tmp_path, make_
     with torch.no_grad():
         next(encoder.parameters()).mul_(1.5)
     assert fresh(encoder, texts, "q: ")
+    encoder.model.config.layer_norm_eps *= 2  # a checkpoint with the same weights and another config
+    assert fresh(encoder, texts, "q: ")
     assert not any(line.startswith("2 vectors from") for line in said)
     assert fresh(encoder, texts, "q: ")
     assert said[-1].startswith("2 vectors from")

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from hbt_fast.config import Config, EvalConfig
-from hbt_fast.encoder import Encoder
+from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.engine import encode, validation
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.evaluator import Evaluator, load_task
 from hbt_fast.engine.launch import World, make_engine, start
-from hbt_fast.engine.runlog import DURING, RunLog
+from hbt_fast.engine.runlog import DURING, RunLog, read_metrics
 from hbt_fast.engine.validation import Validation, check_evaluation
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.queries import PerQuery
@@ -330,6 +331,42 @@ def test_questions_with_judged_passages_choose_the_best_step_by_ndcg(tmp_path, m
     assert "rank distance" not in page
     with pytest.raises(SystemExit):
         main([*SMALL[:-2], *own[:3], "eval.metric=mul", "train.run_dir=other", "eval.languages=[fr]"])
+
+
+def test_a_run_that_goes_on_with_another_task_evaluates_before_training_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, texts in (("one", "the {}"), ("two", "another {}")):
+        lines = [{"query": f"which {i}", "passage": texts.format(i), "language": "en"} for i in range(9)]
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    run = [*SMALL[:-2], "eval.task=jsonl", "train.run_dir=run"]
+    main([*run, "eval.data=one.jsonl"])
+    main([*run, "eval.data=two.jsonl", "train.resume=true"])
+    before, after = (Results.from_json(Path(f"run/{n}.json").read_text()) for n in ("evaluation-before", "evaluation"))
+    assert before.task == after.task != "one"
+    assert "before" in Path("run/evaluation.md").read_text()
+
+
+def test_the_other_ranks_are_told_where_a_text_cannot_be_encoded(monkeypatch):
+    told = []
+
+    def fails(*_, **__):
+        raise EncoderError("no token is left of the text ''; leave it out")
+
+    monkeypatch.setattr("hbt_fast.engine.evaluator.measure", fails)
+    monkeypatch.setattr("hbt_fast.engine.encode.SharedEncoder.end", lambda self, result: told.append(result))
+    config = Config(eval=EvalConfig(task="cldr", languages=["en", "de"]))
+    world = World(0, 1, torch.device("cpu"))
+    silent = SimpleNamespace(say=lambda line: None)
+    with pytest.raises(EncoderError):
+        Evaluator(config, world, silent)(SimpleNamespace(module=SimpleNamespace(encoders=[None])), DURING)
+    assert told == [None]
+
+
+def test_records_may_have_any_character(tmp_path):
+    rows = [{"step": i, "source": "line\u2028separator"} for i in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 3, "cut', encoding="utf-8")
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows
 
 
 @pytest.mark.parametrize(

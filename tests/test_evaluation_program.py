@@ -11,13 +11,13 @@ import pytest
 from test_evaluation_tasks import paragraph, write
 
 from hbt_fast import evaluate as program
-from hbt_fast.data.rows import DataError
+from hbt_fast.encoder import EncoderError
 from hbt_fast.encoder.export import export
 from hbt_fast.evaluation.lareqa import xquad_r
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.report import heat_map, language_bars, write_report
 from hbt_fast.evaluation.results import Results
-from hbt_fast.evaluation.run import EvaluationError, evaluate
+from hbt_fast.evaluation.run import EvaluationError, _encode, evaluate
 
 
 @dataclass
@@ -138,7 +138,9 @@ def test_program_takes_the_first_dimensions(folder, tmp_path, capsys, make_encod
         (None, [], ("Query: ", "Passage: ")),
         ({"query": "query: ", "document": "passage: "}, [], ("query: ", "passage: ")),
         ({"query": "", "passage": "p", "document": "d"}, [], ("", "p")),
-        ({"query": "query: "}, ["--passage-prompt", ""], ("query: ", "")),
+        ({"query": "query: "}, [], ("query: ", "")),
+        ({"document": "passage: "}, [], ("", "passage: ")),
+        ({"query": "query: "}, ["--passage-prompt", "p: "], ("query: ", "p: ")),
         (None, ["--task", "bitext"], ("", "")),
         ({"query": "query: ", "passage": "passage: "}, ["--task", "bitext"], ("query: ", "query: ")),
         (None, ["--task", "bitext", "--query-prompt", "q: "], ("q: ", "q: ")),
@@ -178,8 +180,8 @@ def test_program_names_a_bad_encoder_and_a_bad_model(folder, tmp_path, capsys):
 
 def test_a_broken_prompt_record_is_named(tmp_path):
     (tmp_path / "config_sentence_transformers.json").write_text("{")
-    with pytest.raises(DataError, match="not valid JSON"):
-        program.recorded_prompts(tmp_path)
+    with pytest.raises(EncoderError, match=r"config_sentence_transformers\.json: not valid JSON"):
+        program.choose_prompts(program.parse([str(tmp_path), "--data", "d"]))
 
 
 def test_program_evaluates_a_real_encoder(folder, tmp_path, make_encoder, capsys):
@@ -191,6 +193,17 @@ def test_program_evaluates_a_real_encoder(folder, tmp_path, make_encoder, capsys
     printed = capsys.readouterr().out
     assert "(recorded with the model)" in printed
     assert "Mo " in printed
+
+
+def test_vectors_in_a_file_stay_in_one_where_texts_repeat(tmp_path):
+    class Mapped:
+        def encode(self, texts, prompt="", progress=False):
+            np.save(tmp_path / "v.npy", np.arange(4.0 * len(texts), dtype=np.float32).reshape(-1, 4))
+            return np.load(tmp_path / "v.npy", mmap_mode="c")
+
+    found = _encode(Mapped(), ["a", "b", "a", "c"], "", "query", False)
+    assert isinstance(found, np.memmap)
+    np.testing.assert_array_equal(found[:, 0], [0, 4, 0, 8])
 
 
 @pytest.fixture
@@ -317,6 +330,17 @@ def test_bad_groups_are_named(folder, tmp_path, text, message, capsys):
     text = text.replace("FOLDER", str(tmp_path))
     assert program.main(["m", "--data", str(folder), "--groups", text], lambda args, device: WordEncoder()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_earlier_evaluation_of_another_task_is_refused(results, folder, tmp_path, capsys):
+    for changed, message in (
+        ({"task": "scifact (test)"}, "is of the task scifact (test), this evaluation of xquad-r"),
+        ({"languages": ["de", "fr"]}, "has languages ['de', 'fr'], this evaluation ['de', 'en']"),
+    ):
+        (tmp_path / "before.json").write_text(replace(results, **changed).to_json())
+        arguments = ["m", "--data", str(folder), "--before", str(tmp_path / "before.json")]
+        assert program.main(arguments, lambda args, device: WordEncoder()) == 2
+        assert f"before.json {message}" in capsys.readouterr().err
 
 
 def test_bars_are_drawn_with_an_earlier_evaluation_beside(miracl, tmp_path):

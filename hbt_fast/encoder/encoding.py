@@ -113,9 +113,13 @@ def identity(encoder: Encoder, how: How) -> dict[str, str | int]:
     for remembered in ("truncation", "padding"):  # of its last texts
         state.pop(remembered, None)
     tokenizer = xxhash.xxh3_128_hexdigest(json.dumps(state).encode())
+    volatile = ("_name_or_path", "transformers_version", "dtype")
+    config = {name: value for name, value in encoder.model.config.to_dict().items() if name not in volatile}
+    shape = json.dumps([config, str(encoder.dense)], sort_keys=True, default=str)
     settings = {"pooling": encoder.pooling, "max_length": encoder.max_length, "autocast": str(encoder.autocast)}
     return {
         "weights": weights_checksum(dict(encoder.named_parameters())),
+        "model's config": xxhash.xxh3_128_hexdigest(shape.encode()),
         "tokenizer": tokenizer,
         **settings,
         **{name: value for name, value in asdict(how).items() if name != "batch_tokens"},

@@ -5,6 +5,7 @@ Shape legend: n texts, T tokens in all, L tokens of the longest, d embedding dim
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -39,7 +40,7 @@ class Encoder(nn.Module):
         tokenizer: its fast tokenizer.
         pooling: "mean", "cls", "last" or "weighted_mean"; see `hbt_fast.encoder.pooling.pool`.
         max_length: tokens per text in `encode`, special tokens included.
-        prompts: what to put before texts: {"query": ..., "passage": ...}.
+        prompts: what to put before texts: {"query": ..., "passage": ...}, nothing where one is missing.
         autocast: dtype of the matrix products (torch.bfloat16 on GPUs), or None for the weights' own.
         dense: nn.Linear and activation in turns, between pooling and normalisation; None: nothing.
 
@@ -64,7 +65,8 @@ class Encoder(nn.Module):
         if dense is not None and dense[0].in_features != (width := model.config.hidden_size):
             raise EncoderError(f"dense takes {dense[0].in_features} dimensions, and the model's vectors have {width}")
         self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
-        self.max_length, self.prompts, self.autocast = max_length, dict(prompts or PROMPTS), autocast
+        self.prompts = dict(PROMPTS if prompts is None else {"query": "", "passage": "", **prompts})
+        self.max_length, self.autocast = max_length, autocast
         self.dense = dense
         self.packs = packed.can_pack(model)
         if self.packs:
@@ -122,8 +124,8 @@ class Encoder(nn.Module):
             model,
             tokenizer,
             pooling=pooling or recorded.pooling or "mean",
-            max_length=max_length or recorded.max_length or min(512, tokenizer.model_max_length),
-            prompts=prompts or recorded.prompts,
+            max_length=max_length or recorded.max_length or min(512, tokenizer.model_max_length, room(model)),
+            prompts=recorded.prompts if prompts is None else prompts,
             autocast=autocast,
             dense=recorded.dense,
         )
@@ -147,8 +149,16 @@ class Encoder(nn.Module):
 
         Returns:
             (n, d) unit vectors, float32 (float64 if the weights are).
+
+        Raises:
+            EncoderError: a text is longer than the model has positions.
         """
         sequences = Sequences.of(cu_seqlens, tokens.device)
+        if sequences.longest > room(self.model):
+            raise EncoderError(
+                f"a text of {sequences.longest:,} tokens, and the model has positions for {room(self.model):,}; lower "
+                "the length limit (max_length, --max-length, model.max_length, model.passage_max_length)"
+            )
         packs = self.packs and packed.is_prepared(self.model)  # not if somebody put another model in
         with torch.autocast(tokens.device.type, self.autocast) if self.autocast else nullcontext():
             if packs:
@@ -182,7 +192,10 @@ class Encoder(nn.Module):
         pieces, lengths = [], []
         for i in range(0, len(texts), 4096):  # in pieces: the tokenizer's output is bulky
             batch = [prompt + text for text in texts[i : i + 4096]]
-            ids = self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
+            try:
+                ids = self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
+            except TypeError:
+                raise EncoderError(_not_unicode(batch)) from None
             for text, one in zip(batch, ids, strict=True):
                 if not one:
                     raise EncoderError(f"no token is left of the text {text[:60]!r}; leave it out")
@@ -228,6 +241,25 @@ class Encoder(nn.Module):
 
         how = How(prompt, batch_tokens, self.dimension if dimensions is None else dimensions, str(np.dtype(dtype)))
         return encode(self, texts, how, devices=devices, out=None if out is None else Path(out), progress=progress)
+
+
+def room(model: nn.Module) -> float:
+    """Tokens that a text may have: as many as there are learned positions; infinity where positions are computed."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return math.inf
+    first = model.config.pad_token_id + 1 if model.config.model_type in packed.AFTER_PADDING else 0
+    return table.num_embeddings - first
+
+
+def _not_unicode(texts: list[str]) -> str:
+    """What is wrong with the text that the tokenizer does not take."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return f"the text {text[:60]!r} is not valid Unicode (half of a surrogate pair); mend it or leave it out"
+    return "the tokenizer does not take one of the texts"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

@@ -71,10 +71,23 @@ def read_recorded(name: str) -> Recorded:
             file=sys.stderr,
         )
     length = (_json(name, "sentence_bert_config.json") or {}).get("max_seq_length")
+    return Recorded(pooling, nn.Sequential(*layers) if layers else None, length, recorded_prompts(name))
+
+
+def recorded_prompts(name: str) -> dict[str, str] | None:
+    """Prompts that a checkpoint was trained with, "query" and "passage"; None if it names neither.
+
+    Where it names one, the other has none, as in sentence-transformers. An empty prompt that is recorded counts.
+
+    Args:
+        name: folder or hub name.
+
+    Raises:
+        EncoderError: the file cannot be read.
+    """
     prompts = (_json(name, "config_sentence_transformers.json") or {}).get("prompts") or {}
-    passage = prompts.get("passage", prompts.get("document"))
-    both = {"query": prompts["query"], "passage": passage} if "query" in prompts and passage is not None else None
-    return Recorded(pooling, nn.Sequential(*layers) if layers else None, length, both)
+    found = prompts.get("query"), prompts.get("passage", prompts.get("document"))
+    return None if found == (None, None) else {"query": found[0] or "", "passage": found[1] or ""}
 
 
 def _modules(name: str, modules: list) -> tuple[Pooling, list[nn.Module]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hbt_fast.data.draft import write_whole
+from hbt_fast.encoder.model import EncoderError
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.encode import SharedEncoder
 from hbt_fast.engine.runlog import BEFORE, DURING
@@ -109,8 +111,8 @@ class Evaluator:
                 progress=when != DURING,
                 log=None if when == DURING else self.log.say,
             )
-        except EvaluationError:
-            shared.end(None)
+        except (EvaluationError, EncoderError):
+            shared.end(None)  # or the other ranks would wait
             raise
         shared.end(results.to_json())
         self.log.evaluation(when, results, step)
@@ -120,7 +122,8 @@ class Evaluator:
         return results
 
     def before(self, towers: Towers) -> Results | None:
-        """The evaluation of the untrained model; a resumed run takes it from where it was written. All ranks call.
+        """The evaluation of the untrained model; a resumed run takes it from where it was written, if that is of the
+        same task. All ranks call.
 
         Args:
             towers: as they start.
@@ -128,9 +131,14 @@ class Evaluator:
         written = self.log.run / "evaluation-before.json"
         if not self.config.eval.before or not self.on:
             return None
-        if self.world.largest(self.config.train.resume and self.world.first and written.is_file()):
-            return Results.from_json(written.read_text(encoding="utf-8")) if self.world.first else None
+        found = None
+        if self.world.first and self.config.train.resume and written.is_file():
+            found = Results.from_json(written.read_text(encoding="utf-8"))
+            if (found.task, found.languages) != (self.task.name, self.task.languages):
+                found = None
+        if self.world.largest(found is not None):
+            return found
         results = self(towers, BEFORE)
         if self.world.first:
-            written.write_text(results.to_json(), encoding="utf-8")
+            write_whole(written, results.to_json())
         return results

@@ -223,7 +223,7 @@ def _last_steps(records: list[dict]) -> dict[str, int]:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

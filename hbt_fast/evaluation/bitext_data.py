@@ -28,12 +28,13 @@ LAYOUTS = """\
   en.txt, de.txt   many languages; or NAME.en, NAME.de"""
 _CODE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{2,8})*"
 _PAIR = re.compile(r"(?:.+\.)?(?P<a>[A-Za-z]{2,3}(?:_\w+)?)-(?P<b>[A-Za-z]{2,3}(?:_\w+)?)\.(?P<side>(?P=a)|(?P=b))")
+_NO_CODES = "txt|tsv|csv|zip|pdf|png|npy|log|yml|sh|py|ids|xml|bin|tar|tex|doc|bib|cfg|src|ref|bpe|spm|sgm|gz|bz2|md"
 _MANY = [  # the first one that two files of a folder have
     # newstest2019-ref-2.spa.txt is a second translation: left out
     re.compile(rf"newstest\d+-(?:src|ref)\.(?P<code>{_CODE})\.txt"),
     re.compile(rf"(?P<code>{_CODE})\.(?:dev|devtest|test)"),
     re.compile(rf"(?P<code>{_CODE})\.txt"),
-    re.compile(rf".+\.(?P<code>(?!txt$|tsv$|csv$|zip$|pdf$|png$|npy$|log$|yml$|sh$|py$){_CODE})"),
+    re.compile(rf".+\.(?P<code>(?!(?:{_NO_CODES})$){_CODE})"),
 ]
 
 

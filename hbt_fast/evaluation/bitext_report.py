@@ -132,7 +132,7 @@ class BitextResults:
     @property
     def _many(self) -> bool:
         """Whether the languages are evaluated with each other, not only with one."""
-        return len(self.sources) > 2 * (len(self.languages) - 1)
+        return any(self.pivot not in pair for pair in zip(self.sources, self.targets, strict=True))
 
     def _by_language(self) -> str:
         accuracy_LL, margin_LL = self.matrix(), self.matrix("margin")

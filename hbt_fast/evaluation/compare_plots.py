@@ -12,7 +12,7 @@ import numpy as np
 from hbt_fast.charts import PALETTE
 from hbt_fast.evaluation.compare import Comparison
 from hbt_fast.evaluation.compare_maps import PIXELS, draw_pair_differences, draw_pairs, new_figure, short
-from hbt_fast.evaluation.compare_report import PARALLEL, label, main_measures
+from hbt_fast.evaluation.compare_report import CUTOFFS, PARALLEL, label, main_measures
 from hbt_fast.evaluation.compared import Run
 from hbt_fast.fonts import fonts_for
 
@@ -48,7 +48,7 @@ def draw_all(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve
             figures["heat-maps-difference"] = draw_pair_differences(comparison, rows, columns, cells_RXY)
         if "mul" in comparison.measures and "rank_distance" in comparison.measures:
             figures["rank-distance"] = draw_distances(comparison)
-        if any(len(curve) > 1 for curve in curves):
+        if any(len(curve) > 1 for curve in curves) and _measured(curves):
             figures["learning-curves"] = draw_curves(comparison.names, curves, comparison.task)
         paths = []
         for name, figure in figures.items():
@@ -138,7 +138,7 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Fig
     """
     from matplotlib.ticker import MaxNLocator
 
-    there = [m for m in PARALLEL if any(m in values for curve in curves for _, values in curve)]
+    there = _measured(curves)
     figure, axes = new_figure(9.5, 3.2 * math.ceil(len(there) / 2) + 0.6, math.ceil(len(there) / 2), min(2, len(there)))
     panels = list(np.ravel(axes))
     for panel, m in zip(panels, there, strict=False):
@@ -158,6 +158,12 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Fig
     figure.suptitle(f"Evaluations during training, {task}", x=0.01, ha="left", fontsize=11)
     _legend(figure, panels[0], len(names))
     return figure
+
+
+def _measured(curves: Sequence[Curve]) -> list[str]:
+    """What the evaluations over the steps are reported by."""
+    found = {name for curve in curves for _, values in curve for name in values}
+    return [m for m in (PARALLEL if found & {"cr", "rank_distance"} else CUTOFFS) if m in found]
 
 
 def _name_points(

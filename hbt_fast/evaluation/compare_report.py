@@ -13,6 +13,7 @@ from hbt_fast.evaluation.queries import LOWER_IS_BETTER
 from hbt_fast.evaluation.results import NAMES
 
 PARALLEL = ("mo", "cr", "mul", "rank_distance")
+CUTOFFS = ("ndcg@10", "recall@100", "mrr@10")
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 METHOD = (
     "Intervals: percentiles of a bootstrap over questions, each drawn with its queries in all languages (Efron 1979; "
@@ -36,7 +37,7 @@ def main_measures(comparison: Comparison) -> list[str]:
     there = comparison.measures
     if "cr" in there or "rank_distance" in there:
         return [name for name in PARALLEL if name in there]
-    return [name for name in ("ndcg@10", "recall@100", "mrr@10", "map", "accuracy") if name in there] or list(there)
+    return [name for name in (*CUTOFFS, "map", "accuracy") if name in there] or list(there)
 
 
 def to_markdown(comparison: Comparison, remarks: Sequence[str] = ()) -> str:
