@@ -62,6 +62,22 @@ def relevant_of(problem, query: int) -> set[int]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_ignored_candidate_is_as_if_it_were_not_there(backend):
+    problem = random_problem(5)
+    rng = np.random.default_rng(5)
+    ignored = np.array([rng.choice(sorted(set(range(130)) - relevant_of(problem, query))) for query in range(60)])
+    ignored[::7] = -1
+    ranks = exact_ranks(*problem, ignored=ignored, backend=backend, device="cpu", workspace_bytes=7 * 4 * 130)
+    assert ranks.relevant.tolist() == problem[5].tolist()
+    for pair, (query, candidate) in enumerate(zip(ranks.query, ranks.relevant, strict=True)):
+        for language, rank in ((None, ranks.in_whole_pool), (problem[3][candidate], ranks.in_own_pool)):
+            pool = [c for c in sorted_pool(problem, query, language) if c != ignored[query]]
+            assert rank[pair] == 1 + pool.index(candidate)
+    with pytest.raises(ValueError, match=r"ignored must be 60 candidates in 0 \.\. 129, or -1"):
+        exact_ranks(*problem, ignored=ignored + 70)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("workspace_bytes", [1, 7 * 4 * 130, 2**20, None])
 def test_ranks_equal_a_full_sort_with_ties(backend, workspace_bytes):
     # One row at a time, 7 rows (60 is no multiple), all rows at once, the default.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,12 @@ def test_a_missing_translation_is_an_error_for_xquad_r_and_a_hole_for_mlqa_r(tmp
         xquad_r(tmp_path)
     task = mlqa_r(tmp_path)
     assert [relevant_texts(task, i) for i in range(3)] == [["de two.", "en two."]] * 2 + [["en three."]]
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    file = write(tmp_path, en=paragraph("en")) / "en.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert xquad_r(tmp_path).queries == ["en q1?", "en q2?"]
 
 
 def test_rows_become_a_task_with_parallel_answers():
@@ -212,6 +219,22 @@ def test_a_subset_keeps_pools():
         }
 
     assert pools(small) == {query: pool for query, pool in pools(whole).items() if query in small.queries}
+    # What is in no pool is never ranked, so nobody should wait for its vector.
+    assert whole.subset(4, 0).candidates == whole.subset(4, 0, candidates=90).candidates == small.candidates
+
+
+def test_a_subset_keeps_what_is_ignored():
+    whole = parallel()
+    whole = replace(whole, ignored=np.where(np.arange(60) % 3, 99 - np.arange(60) // 2, -1))
+
+    def ignored(task):
+        return [None if c < 0 else task.candidates[c] for c in task.ignored]
+
+    place = {text: i for i, text in enumerate(whole.queries)}
+    for candidates in (None, 40, 0):
+        small = whole.subset(10, 3, candidates)
+        expected = [ignored(whole)[place[query]] for query in small.queries]
+        assert ignored(small) == [text if text in small.candidates else None for text in expected]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +245,9 @@ def test_a_subset_keeps_pools():
         ({"candidate_ids": ["a"]}, "2 candidates but 1 candidate ids"),
         ({"groups": {"low": ["sw"]}}, r"group 'low': no query is in sw; the languages of the queries are en"),
         ({"groups": {"low": []}}, r"group 'low': no query is in no language"),
+        ({"ignored": np.array([-1])}, r"2 queries but ignored of shape \(1,\)"),
+        ({"ignored": np.array([-1, 2])}, r"ignored candidates must lie in 0 \.\. 1, or be -1"),
+        ({"ignored": np.array([-1, 1])}, r"query 'b' is to ignore a candidate that is relevant to it"),
         ({"pools": (np.array([0, 1]), np.array([0]))}, "offsets must run from 0 to 1 in 3 steps"),
         ({"pools": (np.array([0, 1, 2]), np.array([0, 2]))}, r"candidates of pools must lie in 0 \.\. 1"),
     ],

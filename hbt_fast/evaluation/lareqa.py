@@ -97,7 +97,7 @@ def _language_files(folder: Path, languages: Sequence[str] | None) -> dict[str, 
 def _paragraphs(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yields (where, paragraph) with the keys that LAReQA adds to SQuAD checked."""
     try:
-        articles = json.loads(file.read_text(encoding="utf-8"))["data"]
+        articles = json.loads(file.read_text(encoding="utf-8-sig"))["data"]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not valid JSON ({error})") from error
     except (KeyError, TypeError) as error:

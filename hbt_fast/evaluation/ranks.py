@@ -66,6 +66,7 @@ def exact_ranks(
     offsets: np.ndarray,
     relevant: np.ndarray,
     *,
+    ignored: np.ndarray | None = None,
     backend: str = "auto",
     device: str = "auto",
     workspace_bytes: int | None = None,
@@ -84,6 +85,7 @@ def exact_ranks(
         candidate_languages: M codes.
         offsets: (N + 1,) int64; relevant candidates of query i are relevant[offsets[i]:offsets[i + 1]].
         relevant: (R,) int64 candidate indices.
+        ignored: (N,) int64 a candidate that is left out of each query's ranking; -1: none. None: all count.
         backend: "torch" is the specification in plain torch and runs on any device; "cpu" counts in C++, "triton" on a
             GPU; "auto" takes what is quickest on the device: torch on a CPU only where the C++ part was not built.
         device: "cpu", "cuda", "cuda:1" .. or "auto" (a GPU when there is one).
@@ -112,13 +114,48 @@ def exact_ranks(
         for codes in (query_languages, candidate_languages)
     )
     offsets, relevant = (np.asarray(x, dtype=np.int64) for x in (offsets, relevant))
-    columns = columns_of(language_M, len(languages), offsets, relevant)
+    counted, is_ignored = _with_ignored(offsets, relevant, ignored, len(candidates))
+    columns = columns_of(language_M, len(languages), *counted)
     q_Nd = _tensor(queries)
     p_Md = _tensor(candidates if columns.order is None else candidates[columns.order.numpy()]).to(device)
     higher_RL, product_seconds = _count(q_Nd, p_Md, columns, backend, device, workspace_bytes)
+    if ignored is not None:
+        higher_RL = _without_ignored(higher_RL, is_ignored, counted[0], language_M[counted[1]])
     query = np.repeat(np.arange(len(queries)), np.diff(offsets))
     pool = np.bincount(language_M, minlength=len(languages))
     return Ranks(languages, language_N, query, relevant, language_M[relevant], higher_RL, pool, product_seconds)
+
+
+def _with_ignored(
+    offsets: np.ndarray, relevant: np.ndarray, ignored: np.ndarray | None, m: int
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """What is counted: the ignored candidate of a query, if it has one, follows its relevant ones; and which these are.
+
+    Where it ranks is then known from the very scores that the others are compared by.
+    """
+    if ignored is None:
+        return (offsets, relevant), np.zeros(len(relevant), dtype=bool)
+    ignored = np.asarray(ignored, dtype=np.int64)
+    if ignored.shape != (len(offsets) - 1,) or ignored.min() < -1 or ignored.max() >= m:
+        raise ValueError(f"ignored must be {len(offsets) - 1} candidates in 0 .. {m - 1}, or -1 for none")
+    has = ignored >= 0
+    longer = offsets + np.concatenate([[0], np.cumsum(has)])
+    is_ignored = np.zeros(longer[-1], dtype=bool)
+    is_ignored[longer[1:][has] - 1] = True
+    counted = np.empty(len(is_ignored), dtype=np.int64)
+    counted[is_ignored], counted[~is_ignored] = ignored[has], relevant
+    return (longer, counted), is_ignored
+
+
+def _without_ignored(
+    higher_RL: np.ndarray, is_ignored: np.ndarray, offsets: np.ndarray, language_R: np.ndarray
+) -> np.ndarray:
+    """Counts of the relevant pairs, less the query's ignored candidate where that ranks above: no two rank alike."""
+    rank = higher_RL.sum(axis=1, dtype=np.int64)
+    last = np.repeat(offsets[1:] - 1, np.diff(offsets))  # of each pair's query; its ignored candidate if it has one
+    less = np.flatnonzero(~is_ignored & is_ignored[last] & (rank[last] < rank))
+    higher_RL[less, language_R[last[less]]] -= 1
+    return higher_RL[~is_ignored]
 
 
 def pool_ranks(

@@ -89,6 +89,7 @@ def measure(
         "groups": task.groups,
         "left_out": task.left_out,
         "prompts": {"query": query_prompt, "passage": passage_prompt},
+        "notes": _notes(task),
         "seconds": clock.seconds,
     }
     if task.pools is not None:
@@ -97,15 +98,18 @@ def measure(
     else:
         with clock.phase("rank") as done:
             ranks = exact_ranks(
-                q_Nd, p_Md, task.query_languages, task.candidate_languages, task.offsets, task.relevant, device=device
-            )
+                q_Nd, p_Md, task.query_languages, task.candidate_languages, task.offsets, task.relevant,
+                ignored=task.ignored, device=device,
+            )  # fmt: skip
             done(f"{len(ranks.query):,} exact ranks, matrix products {ranks.product_seconds:.1f} s")
         measures = per_query(ranks, task.gains)
         approximate = {}
         with clock.phase("search") as done:
             k = min(top_k if index == "flat" else max(top_k, 100), len(p_Md))
+            more = min(k + (task.ignored is not None), len(p_Md))
             # Ranks may run on a GPU that this FAISS cannot use: search falls back to the CPU by itself.
-            _, indices = search(q_Nd, p_Md, k, device="cpu" if device == "cpu" else "auto", index=index)
+            _, indices = search(q_Nd, p_Md, more, device="cpu" if device == "cpu" else "auto", index=index)
+            indices = _without(indices, task.ignored)[:, :k]
             measures |= language_bias(indices[:, :top_k], task.query_languages, task.candidate_languages)
             if index != "flat":
                 approximate = {f"all, by {index}": found_metrics(ranks, indices, task.gains)}
@@ -124,6 +128,23 @@ def _in_pools(q_Nd: np.ndarray, p_Md: np.ndarray, task: RetrievalTask, clock: _C
         done(f"{len(task.pools[1]):,} candidates in {len(q_Nd):,} pools")
     query = np.repeat(np.arange(len(q_Nd)), np.diff(task.offsets))
     return in_pools(ranks, query, len(q_Nd), task.gains)
+
+
+def _notes(task: RetrievalTask) -> list[str]:
+    many = 0 if task.ignored is None else int((task.ignored >= 0).sum())
+    said = (
+        f"{many:,} queries are documents themselves (equal ids and texts). Each is left out of its own ranking, as "
+        "BEIR's tool does."
+    )
+    return [said] if many else []
+
+
+def _without(indices: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
+    """(N, k) found candidates, of which the ignored one of each query (N,) makes room for those after it."""
+    if ignored is None:
+        return indices
+    left_Nk = np.where(indices == ignored[:, None], -1, indices)
+    return np.take_along_axis(left_Nk, np.argsort(left_Nk < 0, axis=1, kind="stable"), axis=1)
 
 
 class _Clock:

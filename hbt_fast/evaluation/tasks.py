@@ -34,6 +34,8 @@ class RetrievalTask:
         pools: of a re-ranking task: offsets (N + 1,) int64 and candidates (P,) int64. Query i re-ranks
             ``pools[1][pools[0][i]:pools[0][i + 1]]``, which need not hold its relevant candidates.
         left_out: number of queries that the data have, but no relevant candidate for.
+        ignored: (N,) int64 the candidate that is left out of each query's ranking, as its own text; -1: none. None:
+            nothing is, for any query.
 
     Raises:
         DataError: lengths that do not match, a query without a relevant candidate, an index outside the candidates, a
@@ -53,6 +55,7 @@ class RetrievalTask:
     groups: dict[str, list[str]] = field(default_factory=dict)
     pools: tuple[np.ndarray, np.ndarray] | None = None
     left_out: int = 0
+    ignored: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n, m = len(self.queries), len(self.candidates)
@@ -88,6 +91,8 @@ class RetrievalTask:
             raise DataError(f"{self.name}: gains must be above 0, one for each of the {len(self.relevant)} relevant")
         if self.candidate_ids is not None and len(self.candidate_ids) != m:
             raise DataError(f"{self.name}: {m} candidates but {len(self.candidate_ids)} candidate ids")
+        if self.ignored is not None:
+            self._check_ignored()
         for group, members in self.groups.items():
             unknown = sorted(set(members) - set(self.query_languages))
             if unknown or not members:
@@ -108,6 +113,18 @@ class RetrievalTask:
             if len(members) and (members.min() < 0 or members.max() >= m):
                 raise DataError(f"{self.name}: the candidates of pools must lie in 0 .. {m - 1}")
 
+    def _check_ignored(self) -> None:
+        n, m = len(self.queries), len(self.candidates)
+        if self.ignored.shape != (n,):
+            raise DataError(f"{self.name}: {n} queries but ignored of shape {self.ignored.shape}")
+        if self.ignored.min() < -1 or self.ignored.max() >= m:
+            raise DataError(f"{self.name}: ignored candidates must lie in 0 .. {m - 1}, or be -1")
+        query = np.repeat(np.arange(n), np.diff(self.offsets))
+        both = query[self.relevant == self.ignored[query]]
+        if len(both):
+            key = self.query_ids[both[0]]
+            raise DataError(f"{self.name}: query {key!r} is to ignore a candidate that is relevant to it")
+
     def subset(self, queries: int, seed: int, candidates: int | None = None) -> RetrievalTask:
         """A smaller task of the same kind, for an evaluation that must be quick; equal arguments give equal tasks.
 
@@ -115,7 +132,8 @@ class RetrievalTask:
             queries: query ids to keep, drawn at random; parallel questions share one, so each stays in all languages.
             seed: of the draw.
             candidates: to keep about so many: all that are relevant to the queries, or in their pools, and others drawn
-                at random. With fewer candidates every measure rises. None: all.
+                at random. With fewer candidates every measure rises. None: all. With pools, those in them alone: no
+                other is ever ranked.
 
         Raises:
             DataError: less than one query.
@@ -134,11 +152,14 @@ class RetrievalTask:
             pool_offsets, pool_places = _kept(self.pools[0], rows)
             pools = pool_offsets, self.pools[1][pool_places]
             needed[pools[1]] = True
-        if candidates is not None:
+        elif candidates is None:
+            needed[:] = True
+        else:
             others = rng.permutation(np.flatnonzero(~needed))
             needed[others[: max(0, candidates - int(needed.sum()))]] = True
-        kept = np.arange(len(needed)) if candidates is None else np.flatnonzero(needed)
-        place = np.cumsum(needed) - 1 if candidates is not None else np.arange(len(needed))
+        kept = np.flatnonzero(needed)
+        place = np.cumsum(needed) - 1
+        ignored = None if self.ignored is None else self.ignored[rows]
         languages = [self.query_languages[i] for i in rows]
         groups = {group: [code for code in members if code in set(languages)] for group, members in self.groups.items()}
         return RetrievalTask(
@@ -154,6 +175,7 @@ class RetrievalTask:
             candidate_ids=None if self.candidate_ids is None else [self.candidate_ids[i] for i in kept],
             groups={group: members for group, members in groups.items() if members},
             pools=None if pools is None else (pools[0], place[pools[1]]),
+            ignored=None if ignored is None else np.where((ignored >= 0) & needed[ignored], place[ignored], -1),
         )
 
     @property
