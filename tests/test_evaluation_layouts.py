@@ -13,6 +13,7 @@ from hbt_fast.data.rows import DataError
 from hbt_fast.evaluation.beir import beir
 from hbt_fast.evaluation.jsonl import jsonl
 from hbt_fast.evaluation.reranking import reranking
+from hbt_fast.evaluation.run import evaluate
 from hbt_fast.evaluation.tasks import RetrievalTask
 
 
@@ -81,7 +82,7 @@ def test_miracl(tmp_path):
     assert task.name == "miracl (dev)"
     assert relevant(task) == {("sw:0#0", "sw"): {"sw Nairobi": 1}, ("yo:0#0", "yo"): {"yo Abuja": 1}}
     assert task.queries == ["dev sw?", "dev yo?"]
-    assert task.candidate_ids == ["1#0", "2#0", "1#0", "2#0"]
+    assert task.candidate_ids == ["sw:1#0", "sw:2#0", "yo:1#0", "yo:2#0"]  # apart, as the queries'
     assert beir(tmp_path, "train", ["yo"]).queries == ["train yo?"]
     with pytest.raises(DataError, match="nothing for languages de; there are sw, yo"):
         beir(tmp_path, languages=["de", "sw"])
@@ -113,6 +114,8 @@ def test_mr_tydi(tmp_path, ir_format):
         ("qrels/test.tsv", "1\td9\t1\n", r"test\.tsv:1: there is no document 'd9'"),
         ("qrels/test.tsv", "1\td1\t1\n9\td1\t1\n", r"test\.tsv:2: there is no query '9'"),
         ("qrels/test.tsv", "1\td1\t1\n1\td1\t2\n", r"test\.tsv:2: query '1' and document 'd1' were judged 1 before"),
+        ("qrels/test.tsv", "1\td1\t1\n1\td1\t0\n", r"test\.tsv:2: query '1' and document 'd1' were judged 1 before"),
+        ("qrels/test.tsv", "1\td1\t0\n1\td1\t1\n", r"test\.tsv:2: query '1' and document 'd1' were judged 0 before"),
         ("qrels/test.tsv", "1\td1\t0\n2\td1\t-1\n", r"test\.tsv: no judgement above 0"),
         ("qrels/test.tsv", "1\td1\t1\n1 d1\n", r"test\.tsv:2: \"query document gain\" or"),
         ("qrels/test.tsv", "1\td1\t1\n2\td1\tyes\n", r"test\.tsv:2: .* is needed, not '2\\td1\\tyes'"),
@@ -156,6 +159,103 @@ def test_a_judgement_twice_is_one_and_lines_may_be_empty(scifact):
     assert relevant(beir(scifact)) == {("1", "und"): {"Albedo is the measure": 1}}
 
 
+def test_judgements_of_0_and_below_say_the_same(scifact):
+    put(scifact / "qrels" / "test.tsv", "1\td1\t1\n1\td2\t0\n1\td2\t-1\n")
+    assert relevant(beir(scifact)) == {("1", "und"): {"Albedo is the measure": 1}}
+
+
+def test_a_folder_that_holds_a_collection_is_it_whatever_its_subfolders_are_called(scifact):
+    """ "old" and "dev" are languages too (Mochi and Dom), and a backup is no part of the corpus."""
+    for name in ("old", "dev"):
+        put(scifact / name / "corpus.jsonl", [{"_id": d, "text": "OLD"} for d in ("d1", "d2", "d3")])
+        put(scifact / name / "queries.jsonl", [{"_id": "1", "text": "OLD"}])
+        put(scifact / name / "qrels" / "test.tsv", "1\td1\t1\n")
+    put(scifact / "old" / "qrels.test.tsv", "1\td1\t1\n")
+    put(scifact / "dev" / "qrels.dev.tsv", "1\td1\t1\n")
+    task = beir(scifact)
+    assert task.candidates == ["Albedo is the measure", "no title", "Only title"]
+    assert (task.languages, task.queries) == (["und"], ["query 1", "query 2"])
+
+
+def test_the_folder_that_one_is_in_has_a_name(scifact, monkeypatch):
+    put(scifact / "top1000.test.tsv", "1\td1\tquery 1\tAlbedo is the measure\n")
+    monkeypatch.chdir(scifact)
+    assert (beir(".").name, reranking(".").name) == ("scifact (test)", "scifact (test)")
+    sw = scifact.rename(scifact.parent / "sw")
+    monkeypatch.chdir(sw)
+    assert beir(".").languages == ["sw"]
+
+
+def test_a_line_of_names_is_no_text(tmp_path):
+    put(tmp_path / "collection.tsv", "docid\ttext\n1\tone\nid\ta document that is called id\n")
+    put(tmp_path / "queries.tsv", "id\tquery\n1\tone?\n")
+    put(tmp_path / "qrels.tsv", "1\t0\t1\t1\n")
+    task = beir(tmp_path)
+    assert (task.queries, task.candidates, task.left_out) == (["one?"], ["one", "a document that is called id"], 0)
+
+
+def test_a_damaged_archive_is_named(scifact):
+    (scifact / "corpus.jsonl").unlink()
+    whole = bytearray(gzip.compress(b"d1\tone\n"))
+    whole[10] = 0xFF  # the first byte after the header: a kind of block that there is not
+    (scifact / "corpus.tsv.gz").write_bytes(whole)
+    with pytest.raises(DataError, match=r"corpus\.tsv\.gz: cannot be read"):
+        beir(scifact)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """ArguAna's form: queries are documents too, and what answers one is another document."""
+    documents = [{"_id": f"t{i}", "title": "topic", "text": f"argument  {i}"} for i in range(20)]
+    put(tmp_path / "arguments" / "corpus.jsonl", documents)
+    put(tmp_path / "arguments" / "queries.jsonl", [{"_id": d["_id"], "text": d["text"]} for d in documents[::2]])
+    put(tmp_path / "arguments" / "qrels" / "test.tsv", "".join(f"t{i}\tt{i + 1}\t1\n" for i in range(0, 20, 2)))
+    return tmp_path / "arguments"
+
+
+class OwnTextFirst:
+    """Finds every text itself first, then the one that answers it."""
+
+    def encode(self, texts, prompt="", progress=False):
+        number = np.array([int(text.split()[-1]) for text in texts])
+        vectors = np.zeros((len(texts), 20), np.float32)
+        vectors[np.arange(len(texts)), number] = 0.8
+        vectors[np.arange(len(texts)), number ^ 1] = 0.6
+        return vectors
+
+
+def test_the_own_text_of_a_query_does_not_count_against_it(arguments):
+    """As in BEIR's tool, for which ArguAna and Quora would be hopeless otherwise."""
+    task = beir(arguments)
+    assert task.ignored.tolist() == list(range(0, 20, 2))
+    results = evaluate(OwnTextFirst(), task, "", "", device="cpu", log=None)
+    assert results.cutoffs["own"] == {"ndcg@10": 1, "recall@100": 1, "mrr@10": 1}
+    assert (results.mo, results.mul, results.bias["accuracy@1"]) == (1, 1, 1)
+    assert results.notes == [
+        "10 queries are documents themselves (equal ids and texts). Each is left out of its own ranking, as BEIR's "
+        "tool does."
+    ]
+    approximate = evaluate(OwnTextFirst(), task, "", "", device="cpu", index="ivf", log=None)
+    assert approximate.cutoffs["all, by ivf"]["mrr@10"] == 1
+
+
+def test_the_own_text_of_a_query_is_not_reranked(arguments):
+    put(arguments / "run.txt", "".join(f"t{i}\tt{j}\t1\n" for i in range(0, 20, 2) for j in range(20)))
+    task = reranking(arguments)
+    assert task.ignored is None
+    assert pools(task)[0] == [f"t{j}" for j in range(1, 20)]
+    assert evaluate(OwnTextFirst(), task, "", "", device="cpu", log=None).cutoffs["re-ranking"]["mrr@10"] == 1
+
+
+def test_a_document_of_a_query_s_id_stays_if_it_is_another_text_or_relevant(arguments):
+    """Queries and documents that are numbered from 1 are not the same."""
+    put(arguments / "queries.jsonl", [{"_id": f"t{i}", "text": f"another {i}"} for i in range(0, 20, 2)])
+    assert beir(arguments).ignored is None
+    put(arguments / "queries.jsonl", [{"_id": f"t{i}", "text": f"argument {i}"} for i in range(0, 20, 2)])
+    put(arguments / "qrels" / "test.tsv", "t0\tt0\t1\nt2\tt3\t1\n")
+    assert beir(arguments).ignored.tolist() == [-1, 2]
+
+
 @pytest.fixture
 def mmarco(tmp_path):
     """mMARCO: names of languages in file names, one qrels for all, runs in MS MARCO's and in TREC's form."""
@@ -179,7 +279,7 @@ def test_mmarco_pools(mmarco):
         ("1", "en"): {"english 3": 1}, ("2", "en"): {"english 7": 1},
         ("1", "de"): {"german 3": 1}, ("2", "de"): {"german 7": 1},
     }  # fmt: skip
-    assert sorted(map(sorted, pools(task))) == [["0", "3"], ["1", "3"], ["4"], ["8"]]
+    assert sorted(map(sorted, pools(task))) == [["de:1", "de:3"], ["de:8"], ["en:0", "en:3"], ["en:4"]]
     # Only what is pooled or relevant is a candidate: 0, 3, 4, 7 and 1, 3, 7, 8. Query 5 was not run.
     assert len(task.candidates) == 8
     assert task.left_out == 2
@@ -211,6 +311,14 @@ def test_a_language_without_a_run_is_named(mmarco):
         reranking(mmarco)
 
 
+def test_a_split_has_its_whole_name(mmarco):
+    task = reranking(mmarco)
+    assert (task.name.split()[-1], task.left_out) == ("(dev.small)", 2)
+    for small in (mmarco / "queries" / "dev").glob("*.small.tsv"):
+        small.unlink()
+    assert reranking(mmarco).left_out == 14  # those of the whole split hold them too
+
+
 def test_any_collection_with_a_run_can_be_reranked(scifact):
     put(scifact / "top1000.test.tsv", "1\td1\tquery 1\tAlbedo is the measure\n1\td2\tquery 1\tno title\n")
     task = reranking(scifact)
@@ -225,11 +333,22 @@ def test_own_jsonl_of_pairs(tmp_path):
         {"query": "c?", "passage": "A", "language": "de"},
     ])  # fmt: skip
     task = jsonl(tmp_path / "own.jsonl.gz")
-    assert relevant(task) == {("1", "en"): {"A": 1}, ("2", "en"): {"A": 1}, ("3", "de"): {"A": 1}}
+    assert relevant(task) == {
+        ("own.jsonl.gz:1", "en"): {"A": 1}, ("own.jsonl.gz:2", "en"): {"A": 1}, ("own.jsonl.gz:3", "de"): {"A": 1},
+    }  # fmt: skip
     assert task.candidates == ["A", "A"]
     assert jsonl(tmp_path / "own.jsonl.gz", ["de"]).queries == ["c?"]
     put(tmp_path / "plain.jsonl", [{"query": "a?", "passage": "A"}])
     assert jsonl(tmp_path / "plain.jsonl").languages == ["und"]
+
+
+def test_queries_without_an_id_are_told_apart_by_file_and_line(tmp_path):
+    lines = [{"query": f"q{i}", "passage": f"p{i}", "language": "en"} for i in range(4)]
+    put(tmp_path / "own" / "a.jsonl", [lines[0], {**lines[1], "id": 1}])
+    put(tmp_path / "own" / "b.jsonl", [{**lines[2], "language": "de"}])
+    put(tmp_path / "own" / "more" / "a.jsonl", [lines[3]])
+    assert jsonl(tmp_path / "own").query_ids == ["a.jsonl:1", "1", "b.jsonl:1", "more/a.jsonl:1"]
+    assert jsonl(tmp_path / "own" / "*.jsonl").query_ids == ["a.jsonl:1", "1", "b.jsonl:1"]
 
 
 def test_own_jsonl_with_judgements(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zlib
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
@@ -33,7 +34,7 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
                         f"{path}:{number}: not UTF-8 (byte {error.start} of the line is 0x{raw[error.start]:02x}); "
                         "convert the file, for instance: iconv -f latin1 -t utf-8"
                     ) from None
-    except (OSError, KeyError, EOFError) as error:
+    except (OSError, KeyError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
     if not number:
         raise DataError(f"{path}: empty file")

@@ -61,7 +61,7 @@ def beir(
                 raise DataError(f"{folders[0]}: no run file to re-rank; its name must begin with run or top1000")
         parts.append(read_part(language, files["corpus"], queries, qrels, run))
     ending = ", ".join(filter(None, splits))
-    return judged_task(f"{name or folder.name}{f' ({ending})' if ending else ''}", parts)
+    return judged_task(f"{name or folder.resolve().name}{f' ({ending})' if ending else ''}", parts)
 
 
 def read_part(language: str, corpus: Sequence[Path], queries: Path, qrels: Path, run: Path | None) -> Judged:

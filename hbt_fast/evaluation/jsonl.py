@@ -49,12 +49,13 @@ def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | 
         DataError: names file and line.
     """
     files = expand(str(path))
-    name = name or Path(path).name
+    name = name or Path(path).resolve().name
     first = next(records(files[0], Strict()), ("", {}))[1]
     if isinstance(first.get("query"), dict):
         rows = read_jsonl(Source(path=str(path), format="jsonl"), Strict())
         return task_from_rows(name, _in_languages(rows, languages))
-    passages, queries = _read(files)
+    here = Path(path).expanduser()
+    passages, queries = _read(files, here if here.is_dir() else None)
     if not passages:
         raise DataError(f'{path}: no line has a "passage", so there is nothing to find')
     return _task(name, passages, queries, languages)
@@ -70,8 +71,8 @@ def _in_languages(rows: Iterable[Row], languages: Sequence[str] | None) -> Itera
             yield Row(*sides, content=row.content, where=row.where)
 
 
-def _read(files: Sequence[str]) -> tuple[dict[str, tuple[str, str]], list[_Query]]:
-    """Passages: id -> text and language; and the queries."""
+def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[str, str]], list[_Query]]:
+    """Passages: id -> text and language; and the queries. A query without an id is called by its file and line."""
     passages, queries, seen = {}, [], set()
     for where, record in (pair for file in files for pair in records(file, Strict())):
         there = [kind for kind in ("query", "passage") if kind in record]
@@ -86,7 +87,9 @@ def _read(files: Sequence[str]) -> tuple[dict[str, tuple[str, str]], list[_Query
                 raise DataError(f'{where}: a passage needs an "id" of its own, not {key!r}')
             passages[str(key)] = record["passage"], language
             continue
-        key = where.rpartition(":")[2] if key is None else str(key)
+        if key is None:  # equal wherever the data lie, and no other query's
+            key = Path(where).name if folder is None else Path(where).relative_to(folder).as_posix()
+        key = str(key)
         if (key, language) in seen:
             raise DataError(f"{where}: another query before has the id {key!r}; only translations share one")
         seen.add((key, language))

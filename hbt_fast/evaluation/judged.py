@@ -1,8 +1,9 @@
 """Queries, documents, judgements (qrels) and runs as the field's files have them, and the task that they make.
 
 Rules for what is not quite right: judgements of 0 and below do not make a document relevant; the same judgement twice
-is one; a query without a relevant document (or, to re-rank, without a run) is left out and counted. All else that does
-not fit together is an error that names file and line.
+is one; a query without a relevant document (or, to re-rank, without a run) is left out and counted; a document that is
+the query itself (equal ids, and it has the text) is no candidate for it. All else that does not fit together is an
+error that names file and line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hbt_fast.data.rows import DataError
 from hbt_fast.data.sources import Problems
 from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members
 
-_IDS = ("_id", "docid", "id", "query_id", "qid", "corpus-id", "query-id")
+_IDS = ("_id", "docid", "id", "query_id", "qid", "pid", "corpus-id", "query-id")
 _TEXTS = ("text", "contents", "query", "passage")
 
 
@@ -47,7 +48,7 @@ def read_texts(paths: Iterable[Path], wanted: Collection[str] | None = None) -> 
 
     Args:
         paths: JSON Lines (.jsonl, .json) with an id, "text" and perhaps "title", which is put before the text with a
-            space; else lines of an id, a tab and the text. Any may be .gz.
+            space; else lines of an id, a tab and the text, the first one perhaps of their names. Any may be .gz.
         wanted: take these ids only; None: all.
 
     Raises:
@@ -83,6 +84,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, str, str]]:
 def _tsv(path: Path) -> Iterator[tuple[str, str, str]]:
     for number, line in lines(str(path)):
         key, tab, text = line.partition("\t")
+        if number == 1 and key.strip().lower() in _IDS:
+            continue  # id, text
         if not tab or not key.strip():
             if not line.strip():
                 continue
@@ -112,13 +115,16 @@ def read_qrels(path: Path) -> dict[str, dict[str, float]]:
     """
     found: dict[str, dict[str, float]] = {}
     for where, query, document, gain in _qrels(path):
-        if gain > 0 and found.setdefault(query, {}).setdefault(document, gain) != gain:
+        gain = max(gain, 0.0)
+        if found.setdefault(query, {}).setdefault(document, gain) != gain:
             raise DataError(
                 f"{where}: query {query!r} and document {document!r} were judged {found[query][document]:g} before"
             )
-    if not found:
+    above = {query: {key: gain for key, gain in judged.items() if gain} for query, judged in found.items()}
+    above = {query: judged for query, judged in above.items() if judged}
+    if not above:
         raise DataError(f"{path}: no judgement above 0, so nothing is relevant to any query")
-    return found
+    return above
 
 
 def _qrels(path: Path) -> Iterator[tuple[str, str, str, float]]:
@@ -231,11 +237,12 @@ def judged_task(name: str, parts: Sequence[Judged], *, parallel: bool = False) -
         DataError: no query has a relevant document.
     """
     texts, languages, ids, relevant, gains, pools = [], [], [], [], [], []
-    candidates, candidate_languages, candidate_ids, left_out = [], [], [], 0
+    candidates, candidate_languages, candidate_ids, ignored, left_out = [], [], [], [], 0
     for part in parts:
+        prefix = f"{part.language}:" if len(parts) > 1 else ""  # ids of two languages are not the same document's
         index = {key: i for i, key in enumerate(part.documents, len(candidates))}
         candidates += part.documents.values()
-        candidate_ids += part.documents
+        candidate_ids += [f"{prefix}{key}" for key in part.documents]
         candidate_languages += [part.language] * len(index)
         for key, text in part.queries.items():
             judged = part.judgements.get(key)
@@ -245,10 +252,12 @@ def judged_task(name: str, parts: Sequence[Judged], *, parallel: bool = False) -
             ranked = sorted((index[document], gain) for document, gain in judged.items())
             texts.append(text)
             languages.append(part.language)
-            ids.append(key if parallel or len(parts) == 1 else f"{part.language}:{key}")
+            ids.append(key if parallel else f"{prefix}{key}")
             relevant.append([document for document, _ in ranked])
             gains += [gain for _, gain in ranked]
-            pools.append([index[document] for document in part.pools[key]] if part.pools is not None else [])
+            own = key if key not in judged and _is_own(text, part.documents.get(key)) else None
+            ignored.append(index.get(own, -1))
+            pools.append([index[d] for d in part.pools[key] if d != own] if part.pools is not None else [])
     if not texts:
         raise DataError(f"{name}: none of {left_out:,} queries has a relevant document")
     gains = np.array(gains, np.float32)
@@ -256,4 +265,13 @@ def judged_task(name: str, parts: Sequence[Judged], *, parallel: bool = False) -
         name, texts, languages, ids, candidates, candidate_languages, *offsets_and_members(relevant),
         gains=None if (gains == 1).all() else gains, candidate_ids=candidate_ids, left_out=left_out,
         pools=offsets_and_members(pools) if parts[0].pools is not None else None,
+        ignored=np.array(ignored) if parts[0].pools is None and max(ignored) >= 0 else None,
     )  # fmt: skip
+
+
+def _is_own(query: str, document: str | None) -> bool:
+    """Whether a document of the query's id is its text. BEIR's tool asks for ids alone, but both may just be counted.
+
+    ArguAna's documents have a title before it, which the queries lack.
+    """
+    return document is not None and " ".join(query.split()) in " ".join(document.split())

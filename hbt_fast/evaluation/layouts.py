@@ -7,7 +7,7 @@ Names decide, of a file or of the folder that it is in: ``corpus*``, ``docs*`` o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hbt_fast.data.rows import DataError
@@ -34,20 +34,36 @@ def files_by_kind(folders: Sequence[Path]) -> dict[str, list[Path]]:
     """The files of folders and of the folders in them, by what they are.
 
     Args:
-        folders: of one language.
+        folders: of one language. In one that holds a collection itself, folders that are called as a language (a
+            backup in "old" too) are left out.
     """
     found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
     for folder in folders:
-        for path in [*folder.glob("*"), *folder.glob("*/*")]:
-            parts = path.relative_to(folder).parts
-            if not path.is_file() or any(part.startswith(".") for part in parts):
-                continue
-            if path.name.removesuffix(".gz").endswith(ENDINGS):
-                for kind in (kind_of(part) for part in reversed(parts)):
-                    if kind:
-                        found[kind].append(path)
-                        break
+        whole = _is_collection(folder)
+        for kind, path in _named(folder):
+            if not whole or _is_in(path, folder) or not _code(path.parent.name):
+                found[kind].append(path)
     return {kind: sorted(paths, key=lambda p: (len(p.name), p)) for kind, paths in found.items()}
+
+
+def _named(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a folder and of the folders in it whose names say what they are."""
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or any(part.startswith(".") for part in parts):
+            continue
+        kind = next(filter(None, map(kind_of, reversed(parts))), None)
+        if kind and path.name.removesuffix(".gz").endswith(ENDINGS):
+            yield kind, path
+
+
+def _is_collection(folder: Path) -> bool:
+    return {"corpus", "qrels"} <= {kind for kind, path in _named(folder) if _is_in(path, folder)}
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a file is the folder's own: in it, or in one as qrels/."""
+    return path.parent == folder or kind_of(path.parent.name) is not None
 
 
 def kind_of(name: str) -> str | None:
@@ -63,9 +79,9 @@ def language_folders(folder: Path, languages: Sequence[str] | None) -> dict[str,
     """Language -> folders of its files.
 
     Args:
-        folder: holds a corpus itself, and is then of the one language named or of an unknown one; or folders, one or
-            more per language, whose names are its code or end in it: sw, miracl-v1.0-sw, miracl-corpus-v1.0-sw,
-            mrtydi-v1.1-swahili.
+        folder: holds a corpus and qrels itself, and is then of the one language named or of an unknown one; or
+            folders, one or more per language, whose names are its code or end in it: sw, miracl-v1.0-sw,
+            miracl-corpus-v1.0-sw, mrtydi-v1.1-swahili.
         languages: keep these only; None: all.
 
     Raises:
@@ -73,11 +89,11 @@ def language_folders(folder: Path, languages: Sequence[str] | None) -> dict[str,
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold corpus, queries and qrels, or a folder per language")
-    if files_by_kind([folder])["qrels"] and not _per_language(folder):
+    found = {} if _is_collection(folder) else _per_language(folder)
+    if not found and files_by_kind([folder])["qrels"]:
         if languages and len(languages) > 1:
             raise DataError(f"{folder}: holds one collection, so one language can be named, not {', '.join(languages)}")
-        return {languages[0] if languages else _code(folder.name) or UNKNOWN: [folder]}
-    found = _per_language(folder)
+        return {languages[0] if languages else _code(folder.resolve().name) or UNKNOWN: [folder]}
     if not found:
         raise DataError(
             f"{folder}: no corpus, queries and qrels in it, and no folder per language that has them; the names must "
@@ -135,11 +151,12 @@ def of_split(paths: Sequence[Path], split: str | None, what: str, folder: Path) 
     if not paths:
         raise DataError(f"{folder}: no {what} file; its name, or that of its folder, must begin with {what}")
     if split is None and len(paths) == 1:
-        return paths[0], next((name for name in _SPLITS if name in _tokens(paths[0])), "")
+        return paths[0], _split(paths[0])
     for name in (split,) if split else ("test", "dev"):
         found = [path for path in paths if set(name.split(".")) <= _tokens(path)]
         if found:
-            return min(found, key=lambda path: len(path.name)), name
+            path = min(found, key=lambda path: len(path.name))
+            return path, split or _split(path)
     raise DataError(
         f"{folder}: no {what} of the split {split or 'test or dev'}; there are {', '.join(p.name for p in paths)}"
         + ("" if split else "; name one with --split")
@@ -147,7 +164,7 @@ def of_split(paths: Sequence[Path], split: str | None, what: str, folder: Path) 
 
 
 def queries_of_split(paths: Sequence[Path], split: str, folder: Path) -> Path:
-    """The queries of a split: its own file, else the one for all splits.
+    """The queries of a split: its own file, else (of dev.small) that of the split it is part of, else the one for all.
 
     Args:
         paths: of queries.
@@ -158,12 +175,21 @@ def queries_of_split(paths: Sequence[Path], split: str, folder: Path) -> Path:
         DataError: there is none.
     """
     own = [path for path in paths if split and set(split.split(".")) <= _tokens(path)]
+    if split and not own:
+        own = [path for path in paths if split.split(".")[0] in _tokens(path)]
     for_all = [path for path in paths if not _tokens(path) & set(_SPLITS)]
     if not own and not for_all:
         raise DataError(
             f"{folder}: no queries of the split {split}; there are {', '.join(p.name for p in paths) or 'none'}"
         )
     return min(own or for_all, key=lambda path: len(path.name))
+
+
+def _split(path: Path) -> str:
+    """The split in a file's name, in full: dev.small of qrels.dev.small.tsv."""
+    tokens = re.split(r"[._-]", re.sub(rf"({'|'.join(map(re.escape, ENDINGS))})?(\.gz)?$", "", path.name))
+    first = next((i for i, token in enumerate(tokens) if token in _SPLITS), len(tokens))
+    return ".".join(tokens[first:])
 
 
 def _tokens(path: Path) -> set[str]:

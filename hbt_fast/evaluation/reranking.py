@@ -54,4 +54,4 @@ def reranking(
         queries, run = (queries_of_split(of_language[kind], found, folder) for kind in ("queries", "run"))
         corpus = [path for path in files if path.name.startswith(f"{word}_collection")]
         parts.append(read_part(code, corpus, queries, qrels, run))
-    return judged_task(f"{name or folder.name} ({found})", parts, parallel=True)
+    return judged_task(f"{name or folder.resolve().name} ({found})", parts, parallel=True)
