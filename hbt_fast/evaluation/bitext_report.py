@@ -242,7 +242,7 @@ def _heat_map(axis: Axes, results: BitextResults) -> None:
     if n <= 40:
         for (i, j), value in np.ndenumerate(cells):
             if not math.isnan(value):
-                ink = "white" if (value - low) / (1 - low) > 0.55 else "#222"
+                ink = "white" if value - low > 0.55 * (1 - low) else "#222"
                 text = f"{100 * value:.0f}"
                 axis.text(j, i, text, ha="center", va="center", fontsize=min(font, 7.5), color=ink)
     axis.set_xticks(range(n), names, rotation=90, fontsize=font)
