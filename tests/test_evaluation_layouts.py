@@ -177,10 +177,21 @@ def test_a_folder_that_holds_a_collection_is_it_whatever_its_subfolders_are_call
     assert (task.languages, task.queries) == (["und"], ["query 1", "query 2"])
 
 
-def test_the_folder_that_one_is_in_has_a_name(scifact, monkeypatch):
+def test_judgements_beside_the_folders_of_languages_make_no_collection(scifact):
+    put(scifact.parent / "qrels.txt", "1\td1\t1\n")
+    scifact.rename(scifact.parent / "sw")
+    assert beir(scifact.parent).languages == ["sw"]
+
+
+def test_the_folder_that_one_is_in_has_a_name(scifact, mmarco, monkeypatch):
     put(scifact / "top1000.test.tsv", "1\td1\tquery 1\tAlbedo is the measure\n")
     monkeypatch.chdir(scifact)
     assert (beir(".").name, reranking(".").name) == ("scifact (test)", "scifact (test)")
+    monkeypatch.chdir(mmarco)
+    assert reranking(".").name == f"{mmarco.name} (dev.small)"
+    put(scifact / "own" / "a.jsonl", [{"query": "a?", "passage": "A"}])
+    monkeypatch.chdir(scifact / "own")
+    assert jsonl(".").name == "own"
     sw = scifact.rename(scifact.parent / "sw")
     monkeypatch.chdir(sw)
     assert beir(".").languages == ["sw"]
@@ -231,6 +242,7 @@ def test_the_own_text_of_a_query_does_not_count_against_it(arguments):
     results = evaluate(OwnTextFirst(), task, "", "", device="cpu", log=None)
     assert results.cutoffs["own"] == {"ndcg@10": 1, "recall@100": 1, "mrr@10": 1}
     assert (results.mo, results.mul, results.bias["accuracy@1"]) == (1, 1, 1)
+    assert evaluate(OwnTextFirst(), task, "", "", top_k=1, device="cpu", log=None).bias["own-language@1"] == 1
     assert results.notes == [
         "10 queries are documents themselves (equal ids and texts). Each is left out of its own ranking, as BEIR's "
         "tool does."
@@ -314,6 +326,8 @@ def test_a_language_without_a_run_is_named(mmarco):
 def test_a_split_has_its_whole_name(mmarco):
     task = reranking(mmarco)
     assert (task.name.split()[-1], task.left_out) == ("(dev.small)", 2)
+    put(mmarco / "qrels.train.tsv", "1\t0\t3\t1\n")
+    assert reranking(mmarco).left_out == 2
     for small in (mmarco / "queries" / "dev").glob("*.small.tsv"):
         small.unlink()
     assert reranking(mmarco).left_out == 14  # those of the whole split hold them too
