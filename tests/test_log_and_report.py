@@ -104,7 +104,7 @@ def test_the_log_line_has_the_means_of_the_steps_since_the_last_one(finished):
         assert match["lr"] == f"{part[-1]['learning_rate']:.1e}"
         assert 95 < sum(map(int, re.findall(r"\d+", match["shares"]))) <= 100
         assert match["shares"].split()[::2][:5] == ["data", "embed", "loss", "re-embed", "opt"]
-        assert len(match[0]) <= 160
+        assert len(match[0]) <= 170  # every phase of a busy machine included
     assert found[1]["eta"] == "0:00"
     assert 0.05 < steps[0]["memory_gib"] <= steps[-1]["memory_gib"] < 64
 

@@ -163,7 +163,7 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Fig
 def _measured(curves: Sequence[Curve]) -> list[str]:
     """What the evaluations over the steps are reported by."""
     found = {name for curve in curves for _, values in curve for name in values}
-    return [m for m in (PARALLEL if found & {"cr", "rank_distance"} else CUTOFFS) if m in found]
+    return [m for m in (PARALLEL if found & {"cr", "rank_distance"} else (*CUTOFFS, "mo")) if m in found]
 
 
 def _name_points(

@@ -132,7 +132,8 @@ class MultilingualPoolRetrieval(AbsTaskRetrieval):
             p_Md = self._vectors(model, self.source.candidates, data_split["corpus"], PromptType.document, kwargs)
         with timer("Ranking", *where):
             task, k = self.source, min(self._top_k, len(p_Md))
-            ranks = exact_ranks(q_Nd, p_Md, task.query_languages, task.candidate_languages, task.offsets, task.relevant)
+            languages = task.query_languages, task.candidate_languages
+            ranks = exact_ranks(q_Nd, p_Md, *languages, task.offsets, task.relevant, ignored=task.ignored)
             scores, indices = search(q_Nd, p_Md, k)
             bias = language_bias(indices[:, :10], task.query_languages, task.candidate_languages)
             results = summarise(ranks, task.name, measures=per_query(ranks, task.gains) | bias, gains=task.gains)

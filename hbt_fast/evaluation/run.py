@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 import numpy as np
@@ -178,4 +179,15 @@ def _encode(encoder: TextEncoder, texts: list[str], prompt: str, kind: str, prog
             "A diverged training run or half precision that overflows are the usual causes."
         )
     vectors = vectors.astype(np.float32, copy=False)
-    return vectors if len(distinct) == len(texts) else vectors[[distinct[text] for text in texts]]
+    return vectors if len(distinct) == len(texts) else _repeated(vectors, [distinct[text] for text in texts])
+
+
+def _repeated(vectors: np.ndarray, rows: list[int]) -> np.ndarray:
+    """vectors[rows]; where the vectors are a file, these are one too, without a name."""
+    if not isinstance(vectors, np.memmap):
+        return vectors[rows]
+    with TemporaryFile() as file:
+        out = np.memmap(file, np.float32, "w+", shape=(len(rows), vectors.shape[1]))
+    for i in range(0, len(rows), ROWS):
+        out[i : i + ROWS] = vectors[rows[i : i + ROWS]]
+    return out
