@@ -16,10 +16,9 @@ from hbt_fast.charts import Line, heat_table, line_chart, stacked_chart
 from hbt_fast.data.rows import DataError
 from hbt_fast.engine.progress import OTHER, PHASES, clock, phase_shares
 from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, read_metrics
-from hbt_fast.engine.validation import LOWER_IS_BETTER
-from hbt_fast.evaluation.metrics import Results
+from hbt_fast.evaluation.queries import LOWER_IS_BETTER
+from hbt_fast.evaluation.results import NAMES, Results
 
-NAMES = dict(zip(METRICS, ("Mo", "Cr", "Mul", "rank distance", "nDCG@10", "Recall@100", "MRR@10"), strict=True))
 SKIPPED = 20  # that are listed
 
 STYLE = """

@@ -15,7 +15,7 @@ import torch
 from conftest import WORDS
 from tokenizers import processors
 
-from hbt_fast.encoder import Encoder, EncoderError, encoding
+from hbt_fast.encoder import Encoder, EncoderError, encoding, vector_file
 from hbt_fast.encoder.export import export
 
 
@@ -28,7 +28,7 @@ def texts():
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(encoding, "PIECE", 64)
-    monkeypatch.setattr(encoding, "SECONDS", 0)
+    monkeypatch.setattr(vector_file, "SECONDS", 0)
 
 
 def one_by_one(encoder, texts, prompt=""):
@@ -185,8 +185,8 @@ def test_a_killed_encoding_goes_on(make_encoder, texts, tmp_path):
     folder, file = export(make_encoder(), tmp_path / "m"), tmp_path / "v.npy"
     program = """
 import sys, time
-from hbt_fast.encoder import Encoder, encoding
-encoding.PIECE, encoding.SECONDS = 64, 0
+from hbt_fast.encoder import Encoder, encoding, vector_file
+encoding.PIECE, vector_file.SECONDS = 64, 0
 def slowly():
     for i, text in enumerate(open(sys.argv[2]).read().splitlines()):
         if i == 256 and len(sys.argv) > 4:

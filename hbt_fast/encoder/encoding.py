@@ -7,19 +7,17 @@ interrupted encoding goes on with.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,19 +25,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hbt_fast.data.draft import sync_folder, write_whole
-from hbt_fast.data.growing import GrowingArray
 from hbt_fast.data.pack import MicroBatch, pack
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.tokenise import RowError
 from hbt_fast.data.workers import Workers
 from hbt_fast.encoder.model import Encoder, EncoderError
+from hbt_fast.encoder.vector_file import VectorFile
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 PIECE = 4096  # texts
-SECONDS = 30  # of work that an interruption may cost
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -74,7 +70,7 @@ def encode(
 
     _check(encoder, texts, how, devices, out)
     total = len(texts) if hasattr(texts, "__len__") else None
-    rows = _Rows(total, how) if out is None else VectorFile(out, how, identity(encoder, how))
+    rows = _Rows(total, how) if out is None else VectorFile(out, how.dimensions, how.dtype, identity(encoder, how))
     options = {"total": total, "initial": rows.done, "unit": "text", "unit_scale": True, "disable": not progress}
     training = encoder.training
     encoder.eval()
@@ -165,99 +161,6 @@ class _Rows:
         pass
 
 
-class VectorFile:
-    """Vectors in a .npy file, which is there when all are. Until then they lie in a folder beside it.
-
-    Args:
-        path: of the file; an older one stays until the new one is whole.
-        how: what is asked for.
-        identity: what the vectors depend on.
-
-    Attributes:
-        done: texts whose vectors are there, from an interrupted encoding too.
-
-    Raises:
-        EncoderError: the folder is of another encoding, or another process works in it.
-        DataError: the vectors in it are damaged.
-    """
-
-    def __init__(self, path: Path, how: How, identity: dict[str, str | int]) -> None:
-        self.path, self.identity = path, identity
-        self.folder = path.with_name(path.name + ".partial")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.state, self.lock = self.folder / "state.json", open(self.folder / "lock", "a")  # noqa: SIM115 - closed below
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.close()
-            raise EncoderError(f"another process is writing {path}") from None
-        found = json.loads(self.state.read_text(encoding="utf-8")) if self.state.exists() else {}
-        if found and found["identity"] != identity:
-            self.lock.close()
-            other = ", ".join(k for k in identity if found["identity"].get(k) != identity[k])
-            raise EncoderError(
-                f"{self.folder} holds vectors of an interrupted encoding that differs in {other}; delete it, or write "
-                "to another file"
-            )
-        self.done, self.before, self.noted = found.get("texts", 0), found.get("before", ""), monotonic()
-        self.array = GrowingArray(self.folder / "vectors.npy", how.dtype, how.dimensions)
-        self.array.restore(found.get("array"))
-        self.under_way: deque[str] = deque()
-
-    def left(self, pieces: Iterator[list[str]]) -> Iterator[list[str]]:
-        """The pieces that are not done; those that are must be the texts that they were."""
-        passed, chain = 0, ""
-        while passed < self.done:
-            piece = next(pieces, [])
-            passed, chain = passed + len(piece), _chained(chain, piece)
-            if not piece or (passed >= self.done and (passed, chain) != (self.done, self.before)):
-                raise EncoderError(
-                    f"the texts are not those of the interrupted encoding in {self.folder}, of which {self.done:,} are "
-                    "done; delete it to begin anew"
-                )
-        for piece in pieces:
-            chain = _chained(chain, piece)
-            self.under_way.append(chain)
-            yield piece
-
-    def append(self, vectors_nd: np.ndarray) -> None:
-        """The vectors of the next piece."""
-        self.array.append(vectors_nd)
-        self.done, self.before = self.done + len(vectors_nd), self.under_way.popleft()
-        if monotonic() - self.noted > SECONDS:
-            self._note()
-
-    def finish(self) -> np.ndarray:
-        """The file, mapped into memory."""
-        self.array.finish()
-        self.array.path.rename(self.path)
-        self._remove()
-        sync_folder(self.path.parent)
-        return np.load(self.path, mmap_mode="r" if self.done else None)
-
-    def close(self) -> None:
-        """Let go of the file; what was begun can be gone on with."""
-        if self.folder.exists() and self.done:
-            with suppress(OSError):  # a full disk, for one: the last note holds
-                self._note()
-        elif self.folder.exists():
-            self._remove()
-        self.array.close()
-        self.lock.close()
-
-    def _note(self) -> None:
-        """Write down what is done."""
-        self.array.sync()
-        note = {"identity": self.identity, "texts": self.done, "before": self.before, "array": self.array.state()}
-        write_whole(self.state, json.dumps(note))
-        self.noted = monotonic()
-
-    def _remove(self) -> None:
-        for name in ("vectors.npy", "state.json", "lock"):
-            (self.folder / name).unlink(missing_ok=True)
-        self.folder.rmdir()
-
-
 def _check(encoder: Encoder, texts: Iterable[str], how: How, devices: Sequence[str] | None, out: Path | None) -> None:
     if isinstance(texts, str | bytes):
         raise EncoderError("texts is one string; give a list of them: [text]")
@@ -302,16 +205,6 @@ def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
                 raise EncoderError(f"text {i} is of type {type(text).__name__}, not a string")
         yield piece
         begin += len(piece)
-
-
-def _chained(before: str, piece: list[str]) -> str:
-    """A hash of these texts and all before."""
-    state = xxhash.xxh3_128(before.encode())
-    for text in piece:
-        raw = text.encode("utf-8", "surrogatepass")
-        state.update(len(raw).to_bytes(8, "little"))
-        state.update(raw)
-    return state.hexdigest()
 
 
 def _here(encoder: Encoder, pieces: Iterator[list[str]], how: How, bar: tqdm) -> Iterator[np.ndarray]:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hbt_fast.engine.backends import SettingError
+from hbt_fast.evaluation.queries import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from hbt_fast.config import EvalConfig
     from hbt_fast.engine.runlog import RunLog
     from hbt_fast.evaluation.metrics import Results
-
-LOWER_IS_BETTER = ("rank_distance",)
 
 
 def check_evaluation(settings: EvalConfig) -> None:
