@@ -42,7 +42,7 @@ from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import read_source
 from hbt_fast.data.store import SourceStore, Store, folded
 from hbt_fast.encoder.model import Encoder, EncoderError
-from hbt_fast.evaluate import recorded_prompts
+from hbt_fast.encoder.modules import recorded_prompts
 from hbt_fast.prepare import fingerprint, prepare, source_name, tokenizer_parts
 
 PROGRAM = "hbt_fast.mine"
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace, config: Config, load: Load) -> str:
 
 def _prompts(options: argparse.Namespace, config: Config) -> tuple[list[str], str]:
     """The prompts of queries and passages, and a line that says where they are from."""
-    recorded, chosen, notes = recorded_prompts(options.model), [], []
+    recorded, chosen, notes = recorded_prompts(options.model) or {}, [], []
     for kind in ("query", "passage"):
         given = getattr(options, f"{kind}_prompt")
         if given is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 
 import torch
 import torch.multiprocessing as mp
@@ -28,3 +29,6 @@ def _enter(rank: int, function, world: int, port: int, arguments: tuple, gpu: bo
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # at a usual exit gloo now and then aborts: "terminate called without an active exception"
