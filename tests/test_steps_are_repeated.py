@@ -14,6 +14,7 @@ from test_zero_equals_plain_adamw import make_stepper, settings, tiny_towers, up
 from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World, start
+from hbt_fast.engine.memory import out_of_memory
 from hbt_fast.engine.runlog import read_metrics
 from hbt_fast.train import make_feed, make_planner
 
@@ -92,6 +93,14 @@ def test_a_step_that_ran_out_of_memory_is_repeated_and_none_is_lost(store, short
 def test_without_end_it_is_an_error_that_says_what_to_lower(store):
     with pytest.raises(SettingError, match=r"memory runs out with micro-batches of 30 tokens. Lower batch.size"):
         steps(settings(), store, ALONE, shortage=lambda **now: True)
+
+
+def test_onednn_that_found_no_room_is_not_asked_again(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    assert not out_of_memory(RuntimeError("shapes do not match"))
+    assert torch.backends.mkldnn.enabled
+    assert out_of_memory(RuntimeError("could not create a primitive"))
+    assert not torch._C._get_mkldnn_enabled()
 
 
 def worker(rank: int, world: int, folders: list[str], out: str, engines: list[str]) -> None:

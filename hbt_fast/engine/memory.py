@@ -21,17 +21,21 @@ from hbt_fast.data.pack import MicroBatch
 GIB = 2**30
 CPU_SHARE, GPU_SHARE = 0.5, 0.9  # of the free memory: a CPU's is everybody's
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
-NO_MEMORY = (
-    "can't allocate memory", "out of memory", "alloc_failed", "bad_alloc",
-    "could not create a primitive",  # oneDNN: no room for its own buffers
-)  # fmt: skip
+ONEDNN = "could not create a primitive"  # oneDNN found no room for its code
+NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc", ONEDNN)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    """Whether an error says that memory ran out, on a GPU or a CPU.
+
+    Where it was oneDNN that found none, this process goes on without it: it would find none ever after.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+    said = str(error).lower()
+    if isinstance(error, RuntimeError) and ONEDNN in said:
+        torch.backends.mkldnn.enabled = False
+    return isinstance(error, RuntimeError) and any(words in said for words in NO_MEMORY)
 
 
 def free_bytes(device: torch.device) -> int:
