@@ -13,7 +13,6 @@ import torch
 from hbt_fast.evaluation import metrics
 from hbt_fast.evaluation.counting import is_compiled
 from hbt_fast.evaluation.ranks import exact_ranks
-from hbt_fast.evaluation.search import search
 
 CODES = [f"l{i:02}" for i in range(11)]
 QUERIES, CANDIDATES, DIMENSION = 1190, 1183, 384  # of each language
@@ -134,21 +133,4 @@ def test_rival_in_units_of_ours(against_floor, rival, depth, share):
         lambda: evaluated(arguments, device="cpu"),
         "our whole evaluation",
         rounds=3 if depth <= 1000 else 1,
-    )
-
-
-@pytest.mark.parametrize("way", ["FAISS", "exact ranks of 11"])
-def test_top_100_of_all_languages(against_floor, way):
-    arguments = problem(share=4)
-    q, p = arguments[:2]
-    q_Nd, p_Md = map(torch.from_numpy, (q, p))
-    ways = {
-        "FAISS": lambda: search(q, p, 100, device="cpu"),
-        "exact ranks of 11": lambda: evaluated(arguments, device="cpu"),
-    }
-    against_floor(
-        ways[way],
-        lambda: torch.topk(torch.mm(q_Nd, p_Md.T), 100),
-        "product and torch.topk",
-        work=2 * len(q_Nd) * p_Md.numel(),
     )

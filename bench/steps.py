@@ -94,7 +94,7 @@ def _features(ids: list[torch.Tensor], pad: int) -> dict:
 
 def _updating(model: torch.nn.Module, backward: Callable[[], object]) -> Callable[[], None]:
     """A step: `backward`, clipping, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
 
     def step():
         with torch.autocast(WORLD.device.type, torch.bfloat16, enabled=PRECISION == "bf16"):

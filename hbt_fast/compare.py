@@ -28,6 +28,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "runs", nargs="+", metavar="RUN", help="FILE.json of hbt_fast.evaluate, a run folder, or NAME=PATH of either"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write table.md, table.json, table.tex and plots here")
+    groups = 'compare means over groups of languages: "low=sw,yo;high=en,de", or a YAML or JSON file of such lists; '
+    parser.add_argument("--groups", help=groups + "default: those that the first run was evaluated with")
     parser.add_argument("--resamples", type=int, default=10_000, metavar="N", help="of the questions (10,000)")
     parser.add_argument("--level", type=float, default=0.95, metavar="P", help="of the intervals (0.95)")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
@@ -49,25 +51,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without the values of every query the figures are shown all the same, and the status is 2.
     """
     args = parse(argv)
+    from hbt_fast.data.rows import DataError
     from hbt_fast.evaluation.compare import CompareError, compare_runs
     from hbt_fast.evaluation.compare_report import to_markdown
-    from hbt_fast.evaluation.compared import check_values, figures_only, read_runs, without_values
+    from hbt_fast.evaluation.compared import check_values, figures_only, groups_of, read_runs, without_values
+    from hbt_fast.evaluation.load import parse_groups
 
     try:
         runs = read_runs(args.runs)
+        groups = groups_of(runs, parse_groups(args.groups) if args.groups else None)
         missing = without_values(runs)
         if missing:
-            comparison, remarks = figures_only(runs), [f"Figures only: {missing}."]
+            comparison, remarks = figures_only(runs, groups), [f"Figures only: {missing}."]
         else:
             names, values = [run.name for run in runs], [run.values for run in runs]
-            comparison = compare_runs(names, values, resamples=args.resamples, level=args.level, seed=args.seed)
+            options = {"resamples": args.resamples, "level": args.level, "seed": args.seed, "groups": groups}
+            comparison = compare_runs(names, values, **options)
             remarks = check_values(runs, comparison)
         print(to_markdown(comparison, remarks))
         if args.out:
             print("wrote " + ", ".join(map(str, write(args.out, comparison, runs, remarks))))
         if missing:
             raise CompareError(missing)
-    except (CompareError, OSError) as error:
+    except (CompareError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

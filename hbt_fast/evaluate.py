@@ -110,49 +110,20 @@ def choose_prompts(args: argparse.Namespace) -> tuple[tuple[str, str], list[str]
     return (chosen[0], chosen[1]), lines
 
 
-def parse_groups(text: str) -> dict[str, list[str]]:
-    """Groups of languages from the command line.
-
-    Args:
-        text: "low=sw,yo;high=en,de", or the path of a YAML or JSON file {low: [sw, yo], high: [en, de]}.
-
-    Raises:
-        DataError: it is neither.
-    """
-    if text.endswith((".json", ".yaml", ".yml")):
-        import yaml
-
-        try:
-            found = yaml.safe_load(Path(text).read_text(encoding="utf-8"))  # JSON is YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"--groups {text}: {error}") from error
-    else:
-        pairs = [part.partition("=") for part in text.split(";") if part.strip()]
-        found = {name.strip(): [code.strip() for code in codes.split(",")] for name, _, codes in pairs}
-    lists = list(found.values()) if isinstance(found, dict) else []
-    if not lists or not all(
-        isinstance(codes, list) and codes and all(isinstance(c, str) and c for c in codes) for codes in lists
-    ):
-        raise DataError(
-            f'--groups {text}: write "low=sw,yo;high=en,de", or a file with {{low: [sw, yo], high: [en, de]}}'
-        )
-    return found
-
-
 def load_task(args: argparse.Namespace) -> RetrievalTask | BitextTask:
     """The task that the command line names.
 
     Raises:
         DataError: its data cannot be read; names file and line.
     """
+    from hbt_fast.evaluation.load import load_retrieval, parse_groups
+
     languages = args.languages.split(",") if args.languages else None
     if args.task == "bitext":
         from hbt_fast.evaluation.bitext_data import load_bitext
 
         task = load_bitext(args.data, languages)
     else:
-        from hbt_fast.evaluation.load import load_retrieval
-
         options = {"split": args.split, "context": args.context, "languages": languages}
         task = load_retrieval(args.task, args.data, **options)
     return replace(task, groups=parse_groups(args.groups)) if args.groups else task

@@ -24,7 +24,7 @@ from hbt_fast.evaluation.resampling import bootstrap, holm, randomisation
 from hbt_fast.fonts import choose, fonts_for
 
 LANGUAGES = ("ar", "de", "zh")
-EVERY = np.ones(1, dtype=bool)
+EVERY = np.ones((1, 1), dtype=bool)
 
 
 def evaluated(seed, questions=24, holes=False, noise=0.9, model="m"):
@@ -190,7 +190,7 @@ def test_questions_in_few_languages_are_resampled_as_if_they_were_in_all():
     rng = np.random.default_rng(0)
     counts = np.kron(np.eye(4), np.ones((5, 2)))[None]
     sums = counts[:, None] * rng.standard_normal((1, 3, 20, 8))
-    every = np.ones(8, dtype=bool)
+    every = np.ones((1, 8), dtype=bool)
     blocks = bootstrap(sums, counts, every, 50, np.random.default_rng(1))
     picks = np.random.default_rng(1).integers(0, 20, (50, 20))
     for resample, picked in zip(blocks, picks, strict=True):
@@ -246,6 +246,65 @@ def test_directions_of_bitext_share_their_lines_and_varieties_of_a_language_are_
     assert found.measures["accuracy"].values[0].tolist() == [0.625, 0.75, 0.5, 1.0]
 
 
+def test_groups_of_languages_are_compared_as_the_evaluation_averages_them():
+    groups = {"west": ["de"], "two": ["ar", "zh"], "all": list(LANGUAGES)}
+    (_, values), (_, other) = evaluated(0, holes=True), evaluated(1, holes=True)
+    found = compare_runs(["a", "b"], [values, other], resamples=400, groups=groups)
+    assert found.group_columns == {"west": 1, "two": 2, "all": 3}
+    assert found.language_columns == {"ar": 4, "de": 5, "zh": 6}
+    for name, measured in found.measures.items():
+        np.testing.assert_allclose(measured.values[:, 1], measured.values[:, 5], rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(measured.values[:, 2], measured.values[:, [4, 6]].mean(axis=1), rtol=1e-12)
+        # A group of one language, or of all, has the interval and p of that language, or of all
+        for twin, column in ((1, 5), (3, 0)):
+            np.testing.assert_allclose(measured.intervals[:, twin], measured.intervals[:, column], rtol=1e-12)
+            np.testing.assert_allclose(measured.difference_intervals[:, twin], measured.difference_intervals[:, column])
+            assert measured.p[0, twin] == measured.p[0, column]
+        np.testing.assert_allclose(measured.p_holm[:, 1:4], holm(measured.p[:, 1:4]))
+    with pytest.raises(CompareError, match="group 'low': no query is in sw; the languages of the quer"):
+        compare_runs(["a", "b"], [values, other], groups={"low": ["sw", "de"]})
+
+
+def test_a_group_without_a_measure_has_no_value_and_no_p():
+    run = one_measure(np.random.default_rng(0).random((10, 2)))
+    run.measures["mo"][1::2] = np.nan
+    found = compare_runs(["a", "b"], [run, run], resamples=100, groups={"none": ["l1"]}).measures["mo"]
+    assert np.isnan(found.values[:, 1]).all()
+    assert np.isnan(found.p[:, 1]).all()
+
+
+def test_bitext_is_compared_into_and_out_of_english_too(tmp_path, capsys):
+    from hbt_fast.evaluation.bitext import evaluate_bitext, n_way
+
+    class Noisy:
+        def __init__(self, seed):
+            self.rng = np.random.default_rng(seed)
+
+        def encode(self, texts, prompt="", progress=False):
+            meaning = np.random.default_rng(9).standard_normal((20, 8))[[int(text.split()[1]) for text in texts]]
+            v_nd = meaning + self.rng.standard_normal((len(texts), 8))
+            return (v_nd / np.linalg.norm(v_nd, axis=1, keepdims=True)).astype(np.float32)
+
+    task = n_way("made", {code: [f"{code} {i}" for i in range(20)] for code in ("de", "en", "en-GB", "yo")})
+    files = []
+    for seed in (0, 1):
+        results = evaluate_bitext(Noisy(seed), replace(task, groups={"low": ["yo", "de"]}), log=None)
+        files.append(results.write(tmp_path / f"{seed}.json")[0])
+    assert program.main([*map(str, files), "--resamples", "100", "--out", str(tmp_path / "out")]) == 0
+    table = json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf-8"))
+    by_group = table["measures"]["accuracy"]["by_group"]
+    means = {name: mean["accuracy"] for name, mean in results.means.items() if name != "all directions"}
+    assert {name: entries[1]["value"] for name, entries in by_group.items()} == pytest.approx(means)
+    assert table["groups"]["low: within"] == ["de>yo", "yo>de"]
+    (tmp_path / "0.queries.npz").unlink()
+    assert program.main([*map(str, files), "--out", str(tmp_path / "figures")]) == 2
+    table = json.loads((tmp_path / "figures" / "table.json").read_text(encoding="utf-8"))
+    by_group = table["measures"]["accuracy"]["by_group"]
+    assert {name: entries[1]["value"] for name, entries in by_group.items()} == pytest.approx(means)
+    assert program.main([*map(str, files), "--groups", "low=xx"]) == 2
+    assert "group 'low': no language xx; there are de, en, en-GB, yo" in capsys.readouterr().err
+
+
 def test_queries_that_differ_are_named():
     values = evaluated(0)[1]
     fewer = PerQuery(values.task, values.ids[1:], values.languages[1:], {"mo": values.measures["mo"][1:]})
@@ -283,6 +342,26 @@ def test_the_program_prints_and_writes_everything(files, tmp_path, capsys):
     assert entry["difference_interval"][0] <= entry["difference"] <= entry["difference_interval"][1]
     assert table["measures"]["rank_distance"]["lower_is_better"]
     assert set(table["measures"]["mo"]["by_language"]) == set(LANGUAGES)
+
+
+def test_groups_come_from_the_result_file_or_the_command_line(tmp_path, capsys):
+    files = []
+    for seed, name in enumerate("ab"):
+        results, values = evaluated(seed)
+        grouped = replace(results, group_languages={"far": ["ar", "zh"]})
+        files.append(write(tmp_path, name, grouped, values))
+    assert program.main([*files, "--resamples", "100"]) == 0
+    printed = capsys.readouterr().out
+    row = re.search(r"## By group.*?Mul\n\n.*?\| far \| (0\.\d{4})", printed, re.DOTALL)
+    means = [np.mean([evaluated(0)[0].of_language("mul")[i] for i in (0, 2)])]
+    assert float(row[1]) == pytest.approx(means[0], abs=5e-5)
+    assert "far: ar, zh." in printed
+    out = tmp_path / "out"
+    assert program.main([*files, "--groups", "west=de", "--resamples", "100", "--out", str(out)]) == 0
+    assert "| far |" not in capsys.readouterr().out
+    assert r"  west & " in (out / "table.tex").read_text(encoding="utf-8")
+    assert program.main([*files, "--groups", "west"]) == 2
+    assert 'write "low=sw,yo;high=en,de"' in capsys.readouterr().err
 
 
 def test_run_folders_are_compared_with_their_learning_curves(tmp_path, capsys):
@@ -401,8 +480,8 @@ def test_tables_survive_any_name():
 def test_stars_follow_the_corrected_p_values_and_the_best_is_bold():
     first, second = simulated(np.random.default_rng(6), gain=0.5, questions=100)
     compared = compare_runs(["a", "b"], [first, second], resamples=1999)
-    row = next(line for line in to_latex(compared).splitlines() if line.startswith("  b &"))
-    assert re.match(r"  b & \\textbf\{0\.\d{4}\}\$\^\{\*\*\*\}\$ \{\\footnotesize \[", row)
+    table = to_latex(compared)
+    assert re.search(r"\n  b & \\textbf\{0\.\d{4}\}\$\^\{\*\*\*\}\$ \\\\\n   & \{\\scriptsize \[0\.\d{4}, ", table)
 
 
 # Fonts

@@ -9,6 +9,7 @@ import pytest
 from test_evaluation_tasks import paragraph, write
 
 from hbt_fast import evaluate as program
+from hbt_fast.encoder import EncoderError
 from hbt_fast.encoder.export import export
 from hbt_fast.evaluation.cache import CachedEncoder
 from hbt_fast.evaluation.results import Results
@@ -70,7 +71,6 @@ def test_vectors_of_another_encoder_prompt_or_text_are_not_taken(tmp_path, make_
     assert fresh(encoder, texts, "q: ")
     assert fresh(encoder, texts, "p: ")
     assert fresh(encoder, texts[::-1], "q: ")
-    assert fresh(encoder, texts, "q: ", 4)
     assert fresh(encoder, ["red ca", "tblue dog"], "q: ")
     encoder.max_length = 3
     assert fresh(encoder, texts, "q: ")
@@ -88,6 +88,20 @@ def test_vectors_of_another_encoder_prompt_or_text_are_not_taken(tmp_path, make_
         damage()
         assert fresh(encoder, texts, "q: ")
         assert said[-1].startswith("2 vectors kept")
+
+
+def test_fewer_dimensions_are_cut_from_the_vectors_that_are_there(tmp_path, make_encoder, monkeypatch):
+    encoder, said = make_encoder(), []
+    texts = ["red cat", "blue dog", "a"]
+    for _ in range(2):
+        found = CachedEncoder(encoder, tmp_path, 4, said.append).encode(texts, "q: ")
+        np.testing.assert_allclose(found, encoder.encode(texts, "q: ", dimensions=4), atol=1e-6)
+        whole = CachedEncoder(encoder, tmp_path, None, said.append).encode(texts, "q: ")
+        assert np.array_equal(whole, encoder.encode(texts, "q: "))
+    assert [line.split()[2] for line in said] == ["kept", "from", "from", "from"]
+    for wrong in (33, -1):
+        with pytest.raises(EncoderError, match=f"dimensions is {wrong}; the encoder has 32"):
+            CachedEncoder(encoder, tmp_path, wrong)
 
 
 def test_an_interrupted_encoding_goes_on(tmp_path, make_encoder, monkeypatch):

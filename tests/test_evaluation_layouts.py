@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from test_evaluation_program import WordEncoder
 
 from hbt_fast.data.rows import DataError
 from hbt_fast.evaluation.beir import beir
@@ -66,6 +67,23 @@ def test_beir(scifact):
     assert task.left_out == 2  # one is judged 0, one is of another split
     assert beir(scifact, "train", ["en"]).query_languages == ["en"]
     assert beir(scifact, "train").gains is None
+
+
+def test_one_judgement_in_a_hundred_may_lack_its_document(tmp_path):
+    folder = tmp_path / "arguana"
+    put(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": f"text {i}"} for i in range(99)])
+    put(folder / "queries.jsonl", [{"_id": f"{i}", "text": f"query {i}"} for i in range(99)])
+    judged = "".join(f"{i}\td{i}\t1\n" for i in range(98))
+    put(folder / "qrels" / "test.tsv", judged + "97\td0\t1\n98\tgone\t1\n")
+    task = beir(folder)
+    assert (len(task.queries), len(task.relevant), task.missing, task.left_out) == (98, 99, 1, 1)
+    results = evaluate(WordEncoder(), task, log=None)
+    assert results.notes == [
+        "Judgements of documents that the corpus lacks: 1. They do not count (trec_eval counts them as never found)."
+    ]
+    put(folder / "qrels" / "test.tsv", judged + "98\tgone\t1\n")
+    with pytest.raises(DataError, match=r"test\.tsv:99: there is no document 'gone'"):
+        beir(folder)
 
 
 def test_miracl(tmp_path):

@@ -17,7 +17,7 @@ from hbt_fast.evaluation.lareqa import xquad_r
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.report import heat_map, language_bars, write_report
 from hbt_fast.evaluation.results import Results
-from hbt_fast.evaluation.run import EvaluationError, _encode, evaluate
+from hbt_fast.evaluation.run import EvaluationError, encode_distinct, evaluate
 
 
 @dataclass
@@ -201,7 +201,7 @@ def test_vectors_in_a_file_stay_in_one_where_texts_repeat(tmp_path):
             np.save(tmp_path / "v.npy", np.arange(4.0 * len(texts), dtype=np.float32).reshape(-1, 4))
             return np.load(tmp_path / "v.npy", mmap_mode="c")
 
-    found = _encode(Mapped(), ["a", "b", "a", "c"], "", "query", False)
+    found = encode_distinct(Mapped(), ["a", "b", "a", "c"], "", "query", False)
     assert isinstance(found, np.memmap)
     np.testing.assert_array_equal(found[:, 0], [0, 4, 0, 8])
 

@@ -24,6 +24,8 @@ from hbt_fast.evaluation.judged import (
 from hbt_fast.evaluation.layouts import files_by_kind, language_folders, of_split, queries_of_split
 from hbt_fast.evaluation.tasks import RetrievalTask
 
+MISSING = 0.01  # of judgements, whose documents the corpus may lack: more of them, and it is another corpus
+
 
 def beir(
     folder: str | Path,
@@ -71,7 +73,7 @@ def read_part(language: str, corpus: Sequence[Path], queries: Path, qrels: Path,
         language: its code.
         corpus: files of documents.
         queries: a file of them.
-        qrels: judgements; they may not name a query or document that is not there.
+        qrels: judgements; they may not name a query that is not there, nor a document but for one in a hundred.
         run: what a first retriever found, to be re-ranked; None: all documents are candidates.
 
     Raises:
@@ -87,7 +89,11 @@ def read_part(language: str, corpus: Sequence[Path], queries: Path, qrels: Path,
     documents = read_texts(corpus, wanted)
     if pools is not None and not (pools.keys() <= texts.keys() and wanted <= documents.keys()):
         refuse_unknown_in_run(run, texts, documents)
-    named = {document for judged in judgements.values() for document in judged}
-    if not (judgements.keys() <= texts.keys() and named <= documents.keys()):
+    there = {
+        query: {document: gain for document, gain in judged.items() if document in documents}
+        for query, judged in judgements.items()
+    }
+    total, found = (sum(map(len, judged.values())) for judged in (judgements, there))
+    if total - found > MISSING * total or not judgements.keys() <= texts.keys():
         refuse_unknown_in_qrels(qrels, texts, documents, pools)
-    return Judged(language, texts, documents, judgements, pools)
+    return Judged(language, texts, documents, there, pools, total - found)

@@ -17,8 +17,8 @@ from hbt_fast.evaluation.bitext_data import XTREME_36, BitextTask, load_bitext, 
 from hbt_fast.evaluation.bitext_neighbours import Neighbours, mutual_neighbours
 from hbt_fast.evaluation.bitext_report import MEASURES, BitextResults, macro_means
 from hbt_fast.evaluation.queries import PerQuery
-from hbt_fast.evaluation.ranks import _full_precision
-from hbt_fast.evaluation.run import EvaluationError, TextEncoder, _Clock, _encode
+from hbt_fast.evaluation.ranks import full_precision
+from hbt_fast.evaluation.run import Clock, EvaluationError, TextEncoder, encode_distinct
 
 __all__ = ["XTREME_36", "BitextTask", "evaluate_bitext", "load_bitext", "n_way"]
 
@@ -67,7 +67,7 @@ def evaluate_bitext(
     Raises:
         EvaluationError: vectors with NaN or infinity, or of a wrong shape.
     """
-    clock = _Clock(log)
+    clock = Clock(log)
     if cache is not None:
         from hbt_fast.evaluation.cache import CachedEncoder
 
@@ -77,7 +77,8 @@ def evaluate_bitext(
     prompts = list(dict.fromkeys([prompt, prompt if target_prompt is None else target_prompt]))
     with clock.phase("encode") as done:
         vectors = [
-            torch.from_numpy(_encode(encoder, list(row), text, "sentence", progress)).to(device) for text in prompts
+            torch.from_numpy(encode_distinct(encoder, list(row), text, "sentence", progress)).to(device)
+            for text in prompts
         ]
         done(f"{len(row):,} texts, {vectors[0].shape[1]} dimensions")
     if len({v_nd.shape[1] for v_nd in vectors}) > 1:
@@ -136,7 +137,7 @@ class _Search:
         if self.last is None or self.last[0] != source:
             self.last = source, self.sources[self.sides[source].rows]
         target_md = self.targets[self.sides[target].rows]
-        with _full_precision():
+        with full_precision():
             found, back, seconds = mutual_neighbours(self.last[1], target_md, NEIGHBOURS, workspace_c=self.workspace)
         self.product_seconds += seconds
         return found, back

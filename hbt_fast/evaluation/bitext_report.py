@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbt_fast.evaluation.maps import BITEXT, heat_maps, new_figure, save, title_of
 from hbt_fast.evaluation.queries import PerQuery
+from hbt_fast.evaluation.tables import markdown_table, nanmean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MEASURES = ("accuracy", "same text", "margin")
 MATRIX = 30  # languages that a page's matrix has at most
@@ -116,7 +120,7 @@ class BitextResults:
             "sentences whose nearest neighbour in the other language is their translation, by line number. Same text: "
             "a sentence with the same text as the translation counts as well. Margin: the ratio margin over 4 "
             "neighbours decides instead of the cosine. Means are over directions, all alike.",
-            _table(
+            markdown_table(
                 ["", *MEASURES], [[name, *(_number(mean[m]) for m in MEASURES)] for name, mean in self.means.items()]
             ),
             self._by_language(),
@@ -126,7 +130,7 @@ class BitextResults:
                 [language, *("" if math.isnan(x) else _number(x, 3) for x in row)]
                 for language, row in zip(self.languages, self.matrix(), strict=True)
             ]
-            parts += ["Accuracy by source (rows) and target:", _table(["", *self.languages], rows)]
+            parts += ["Accuracy by source (rows) and target:", markdown_table(["", *self.languages], rows)]
         return "\n\n".join(parts) + "\n"
 
     @property
@@ -148,8 +152,8 @@ class BitextResults:
                 columns |= {f"into {self.pivot}{name}": values_LL[:, i], f"out of {self.pivot}{name}": values_LL[i]}
             if self._many:
                 others_LL = np.where(kin_LL, np.nan, values_LL)
-                columns |= {f"as source{name}": _mean(others_LL, 1), f"as target{name}": _mean(others_LL, 0)}
-        return _table(
+                columns |= {f"as source{name}": nanmean(others_LL, 1), f"as target{name}": nanmean(others_LL, 0)}
+        return markdown_table(
             ["language", "sentences", *columns],
             [[name, f"{size[name]:,}", *(_number(values[i]) for values in columns.values())] for i, name in rows],
         )
@@ -184,6 +188,22 @@ def macro_means(
         groups: languages by the name of their group. Its means into and out of the pivot are over its languages, the
             one "within" it is over the directions between two of them.
     """
+    return {
+        name: {m: float(nanmean(np.where(mask, values, np.nan), 0)) for m, values in measures.items()}
+        for name, mask in averaged_directions(sources, targets, groups).items()
+    }
+
+
+def averaged_directions(
+    sources: Sequence[str], targets: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """(D,) bool, the directions that each of `macro_means` is over.
+
+    Args:
+        sources: D languages.
+        targets: D languages.
+        groups: languages by the name of their group.
+    """
     pivot = _pivot(sources, targets)
     source_D, target_D = np.array(sources), np.array(targets)
     counts_D = np.array([not _varieties(s, t) for s, t in zip(sources, targets, strict=True)])
@@ -200,10 +220,7 @@ def macro_means(
             }
         if (source & target).any():
             masks[f"{group}: within"] = source & target
-    return {
-        name: {m: float(_mean(np.where(mask & counts_D, values, np.nan), 0)) for m, values in measures.items()}
-        for name, mask in masks.items()
-    }
+    return {name: mask & counts_D for name, mask in masks.items()}
 
 
 def draw(results: BitextResults, path: str | Path) -> None:
@@ -213,48 +230,27 @@ def draw(results: BitextResults, path: str | Path) -> None:
         results: what was measured.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     n = len(results.languages)
-    side = min(max(0.36 * n + 2.0, 5.0), 22.0) if results._many else max(0.2 * n + 1.6, 3.5)
-    figure = Figure(figsize=(side + 1.4, side + 1.2) if results._many else (7.5, side), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to a file whatever backend the program uses
-    axis = figure.subplots()
-    (_heat_map if results._many else _bars)(axis, results)
-    model = results.model if len(results.model) <= 40 else "…" + results.model[-39:]
-    figures = "   ".join(f"{name} {mean['accuracy']:.3f}" for name, mean in list(results.means.items())[:3])
-    axis.set_title(f"{model or 'accuracy'} on {results.task}\n{figures}", fontsize=10, loc="left")
-    figure.savefig(path, dpi=150)
+    figures = [f"{name} {mean['accuracy']:.3f}" for name, mean in list(results.means.items())[:3]]
+    title = title_of(f"{results.model or 'accuracy'} on {results.task}", n, figures)
+    if results._many:
+        figure = _heat_map(title, results)
+    else:
+        figure, axis = new_figure(7.5, max(0.2 * n + 1.6, 3.5))
+        _bars(axis, results)
+        axis.set_title(title, fontsize=10, loc="left")
+    save(figure, path)
 
 
-def _heat_map(axis: Axes, results: BitextResults) -> None:
-    """Languages in the order of their mean, so that what is hard lies together; numbers where they can be read."""
+def _heat_map(title: str, results: BitextResults) -> Figure:
+    """Languages in the order of their mean, so that what is hard lies together."""
     accuracy_LL = results.matrix()
-    mean_L = np.nan_to_num((_mean(accuracy_LL, 0) + _mean(accuracy_LL, 1)) / 2)
+    mean_L = np.nan_to_num((nanmean(accuracy_LL, 0) + nanmean(accuracy_LL, 1)) / 2)
     order = np.argsort(-mean_L, kind="stable")
     cells, names = accuracy_LL[np.ix_(order, order)], [results.languages[i] for i in order]
-    n = len(names)
     low = np.nanmin(cells)
-    low = 0.0 if low < 0.5 else math.floor(10 * low) / 10
-    image = axis.imshow(np.ma.masked_invalid(cells), cmap="YlGnBu", vmin=low, vmax=1.0, interpolation="nearest")
-    font = max(4.5, min(9.0, 1000 / n))
-    if n <= 40:
-        for (i, j), value in np.ndenumerate(cells):
-            if not math.isnan(value):
-                ink = "white" if value - low > 0.55 * (1 - low) else "#222"
-                text = f"{100 * value:.0f}"
-                axis.text(j, i, text, ha="center", va="center", fontsize=min(font, 7.5), color=ink)
-    axis.set_xticks(range(n), names, rotation=90, fontsize=font)
-    axis.set_yticks(range(n), names, fontsize=font)
-    axis.tick_params(length=0, labeltop=n > 40, labelright=n > 40)
-    axis.set_xlabel("target language")
-    axis.set_ylabel("source language")
-    bar = axis.figure.colorbar(image, ax=axis, shrink=0.6, pad=0.03 if n > 40 else 0.015, aspect=30)
-    bar.outline.set_visible(False)
-    bar.set_label("accuracy" + (" (cells: in %)" if n <= 40 else ""))
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    limits = 0.0 if low < 0.5 else math.floor(10 * low) / 10, 1.0
+    return heat_maps([title], names, names, cells[None], "accuracy", axes_names=BITEXT, limits=limits)
 
 
 def _bars(axis: Axes, results: BitextResults) -> None:
@@ -287,18 +283,11 @@ def _varieties(a: str, b: str) -> bool:
     return a.partition("-")[0] == b.partition("-")[0]
 
 
-def _pivot(sources: list[str], targets: list[str]) -> str | None:
+def _pivot(sources: Sequence[str], targets: Sequence[str]) -> str | None:
     shared = set.intersection(*({s, t} for s, t in zip(sources, targets, strict=True)))
     english = sorted(name for name in {*sources, *targets} if name.partition("-")[0] == "en")
     candidates = [name for name in english if name in shared] or sorted(shared) or english
     return candidates[0] if candidates else None  # "en" before "en-GB"
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """np.nanmean without its warning: the mean of nothing is NaN."""
-    valid = ~np.isnan(values)
-    count, total = valid.sum(axis=axis), np.where(valid, values, 0).sum(axis=axis)
-    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=np.asarray(count) > 0)
 
 
 def _number(value: float, places: int = 4) -> str:
@@ -311,8 +300,3 @@ def _nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_nulls(x) for x in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

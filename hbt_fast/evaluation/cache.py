@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import xxhash
 
-from hbt_fast.encoder import Encoder
+from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.encoder.encoding import How, identity
+from hbt_fast.evaluation.run import ROWS, unnamed_file
 
 
 def default_folder() -> Path:
@@ -29,8 +31,11 @@ class CachedEncoder:
     Args:
         encoder: whose weights do not change meanwhile.
         folder: of the vectors; it is made, and may be emptied at any time. None: nothing is kept.
-        dimensions: keep the first so many, normalised again; None: all.
+        dimensions: the first so many are given back, normalised again; None: all. Kept are whole vectors.
         log: told what was reused, and where vectors went.
+
+    Raises:
+        EncoderError: fewer dimensions than 1, or more than the encoder has.
     """
 
     def __init__(
@@ -40,7 +45,9 @@ class CachedEncoder:
         dimensions: int | None = None,
         log: Callable[[str], None] = print,
     ) -> None:
-        self.encoder, self.log, self.dimensions = encoder, log, dimensions
+        self.encoder, self.log, self.dimensions = encoder, log, dimensions or encoder.dimension
+        if not 1 <= self.dimensions <= encoder.dimension:
+            raise EncoderError(f"dimensions is {dimensions}; the encoder has {encoder.dimension}")
         self.folder = None if folder is None else Path(folder)
         self.identity = {} if folder is None else self._identity()
 
@@ -55,23 +62,23 @@ class CachedEncoder:
         Raises:
             EncoderError: as `Encoder.encode` does, or because another process encodes the same texts at this moment.
         """
-        options = {"dimensions": self.dimensions, "progress": progress}
         if self.folder is None or not len(texts):
-            return self.encoder.encode(texts, prompt, **options)
+            return self.encoder.encode(texts, prompt, dimensions=self.dimensions, progress=progress)
         path = self.folder / f"{self._key(texts, prompt)}.npy"
-        shape = (len(texts), self.dimensions or self.encoder.dimension)
-        found = _vectors(path, shape)
-        if found is not None:
+        shape = (len(texts), self.encoder.dimension)
+        vectors_nd = _vectors(path, shape)
+        if vectors_nd is not None:
             self.log(f"{len(texts):,} vectors from {path}")
-            return found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.encoder.encode(texts, prompt, out=path, **options)
-        self.log(f"{len(texts):,} vectors kept in {path}")
-        return _vectors(path, shape)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.encoder.encode(texts, prompt, out=path, progress=progress)
+            self.log(f"{len(texts):,} vectors kept in {path}")
+            vectors_nd = _vectors(path, shape)
+        return vectors_nd if self.dimensions == shape[1] else _shortened(vectors_nd, self.dimensions)
 
     def _identity(self) -> dict[str, str | int]:
         """Without the prompt: a checksum of all weights takes a second or so, and a prompt changes none of them."""
-        return identity(self.encoder, How("", 0, self.dimensions or self.encoder.dimension, "float32"))
+        return identity(self.encoder, How("", 0, self.encoder.dimension, "float32"))
 
     def _key(self, texts: Sequence[str], prompt: str) -> str:
         state = xxhash.xxh3_128(json.dumps({**self.identity, "prompt": prompt}, sort_keys=True).encode())
@@ -90,3 +97,12 @@ def _vectors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (FileNotFoundError, ValueError, EOFError):
         return None
     return vectors_nd if vectors_nd.shape == shape and vectors_nd.dtype == np.float32 else None
+
+
+def _shortened(vectors_nd: np.ndarray, dimensions: int) -> np.ndarray:
+    """The first dimensions of every vector, normalised, in a file as the vectors are."""
+    out_nd = unnamed_file((len(vectors_nd), dimensions))
+    for i in range(0, len(vectors_nd), ROWS):
+        part_nd = torch.from_numpy(vectors_nd[i : i + ROWS, :dimensions])
+        out_nd[i : i + ROWS] = torch.nn.functional.normalize(part_nd, dim=-1)
+    return out_nd

@@ -7,14 +7,14 @@ Carterette 2007 recommend for retrieval). Every resample is averaged as the head
 languages of the mean over queries. Several comparisons within a measure are corrected after Holm (1979).
 
 Shapes: M measures, R runs, N queries, C questions (clusters), L languages, B resamples. Axis G is "all languages, then
-each": 1 + L long.
+each group of languages, then each language"; its means over languages, all and groups, are K.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Measured:
         differences: (R - 1, G).
         difference_intervals: (R - 1, G, 2).
         p: (R - 1, G) two-sided.
-        p_holm: the same, corrected over the runs (first column), and over runs and languages (the others).
+        p_holm: the same, corrected over the runs (first column), over runs and groups, and over runs and languages.
     """
 
     values: np.ndarray
@@ -66,6 +66,7 @@ class Comparison:
         level: of the intervals.
         seed: of the resamples.
         measures: by name, those that every run has.
+        groups: languages by the name of their group.
     """
 
     task: str
@@ -78,10 +79,27 @@ class Comparison:
     level: float
     seed: int
     measures: dict[str, Measured]
+    groups: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def group_columns(self) -> dict[str, int]:
+        """Where each group is on the axis G."""
+        return {name: 1 + i for i, name in enumerate(self.groups)}
+
+    @property
+    def language_columns(self) -> dict[str, int]:
+        """Where each language is on the axis G."""
+        return {code: 1 + len(self.groups) + i for i, code in enumerate(self.languages)}
 
 
 def compare_runs(
-    names: Sequence[str], runs: Sequence[PerQuery], *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+    names: Sequence[str],
+    runs: Sequence[PerQuery],
+    *,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Comparison:
     """Intervals of every run, and differences to the first with their intervals and p-values.
 
@@ -91,9 +109,11 @@ def compare_runs(
         resamples: of the bootstrap; the least of the randomisation test, which takes more where it corrects many p.
         level: of the intervals, in (0, 1).
         seed: equal seeds give equal results, bit for bit.
+        groups: languages by the name of their group: means over them are compared too.
 
     Raises:
-        CompareError: the runs answered different queries, share no measure, or there are too few of them.
+        CompareError: the runs answered different queries, share no measure, or there are too few of them; a group has a
+            language that no query has.
     """
     if len(runs) < 2:
         raise CompareError(f"{len(runs)} run to compare; two or more are needed")
@@ -125,14 +145,16 @@ def compare_runs(
         sums_MRCL.append(np.stack([_sums(cell_N[there_N], values[there_N], shape) for values in values_RN]))
     if not kept:
         raise CompareError(f"no query has a value of {', '.join(shared)}")
-    averaged_L = _averaged(languages)
+    groups = {name: list(members) for name, members in (groups or {}).items()}
+    averaged_KL = np.stack([_averaged(languages), *(_members(name, groups[name], languages) for name in groups)])
     exchanges = max(resamples, min(FINE * len(languages) * (len(runs) - 1), MOST // questions))
     sums, counts = np.stack(sums_MRCL), np.stack(counts_MCL)
-    measured = _measured(sums, counts, averaged_L, (resamples, exchanges), level, seed)
+    measured = _measured(sums, counts, averaged_KL, (resamples, exchanges), level, seed)
     measures = dict(zip(kept, measured, strict=True))
     return Comparison(
-        first.task, list(names), languages, len(first.ids), questions, resamples, exchanges, level, seed, measures
-    )
+        first.task, list(names), languages, len(first.ids), questions, resamples, exchanges, level, seed, measures,
+        groups,
+    )  # fmt: skip
 
 
 def question(query: str, language: str) -> str:
@@ -148,18 +170,19 @@ def question(query: str, language: str) -> str:
 def _measured(
     sums_MRCL: np.ndarray,
     counts_MCL: np.ndarray,
-    averaged_L: np.ndarray,
+    averaged_KL: np.ndarray,
     numbers: tuple[int, int],
     level: float,
     seed: int,
 ) -> Iterator[Measured]:
     draw, exchange = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(2))
-    values_MRG = means_of(sums_MRCL.sum(axis=2), counts_MCL.sum(axis=1)[:, None], averaged_L)
-    drawn_BMRG = bootstrap(sums_MRCL, counts_MCL, averaged_L, numbers[0], draw)
-    parts_MRGC = _parts(sums_MRCL, counts_MCL, averaged_L)
+    values_MRG = means_of(sums_MRCL.sum(axis=2), counts_MCL.sum(axis=1)[:, None], averaged_KL)
+    drawn_BMRG = bootstrap(sums_MRCL, counts_MCL, averaged_KL, numbers[0], draw)
+    parts_MRGC = _parts(sums_MRCL, counts_MCL, averaged_KL)
     shape = parts_MRGC.shape[:-1]
     rows_MRG = np.arange(np.prod(shape)).reshape(shape)
-    blocks = [(rows_MRG[..., [0, *(1 + there)]].ravel(), asked) for asked, there in blocks_of(counts_MCL)]
+    k = len(averaged_KL)
+    blocks = [(rows_MRG[..., [*range(k), *(k + there)]].ravel(), asked) for asked, there in blocks_of(counts_MCL)]
     p_MRG = randomisation(parts_MRGC.reshape(rows_MRG.size, -1), numbers[1], exchange, blocks).reshape(shape)
     for values_RG, drawn_BRG, p_RG in zip(values_MRG, np.moveaxis(drawn_BMRG, 1, 0), p_MRG, strict=True):
         yield Measured(
@@ -168,18 +191,19 @@ def _measured(
             differences=values_RG[1:] - values_RG[:1],
             difference_intervals=_interval(drawn_BRG[:, 1:] - drawn_BRG[:, :1], level),
             p=p_RG,
-            p_holm=np.column_stack([holm(p_RG[:, 0]), holm(p_RG[:, 1:])]),
+            p_holm=np.column_stack([holm(p_RG[:, 0]), holm(p_RG[:, 1:k]), holm(p_RG[:, k:])]),
         )
 
 
-def _parts(sums_MRCL: np.ndarray, counts_MCL: np.ndarray, averaged_L: np.ndarray) -> np.ndarray:
-    """(M, R - 1, G, C): what every question adds to the differences to the first run; NaN for empty languages."""
+def _parts(sums_MRCL: np.ndarray, counts_MCL: np.ndarray, averaged_KL: np.ndarray) -> np.ndarray:
+    """(M, R - 1, G, C): what every question adds to the differences to the first run; NaN where there is no query."""
     queries_ML = counts_MCL.sum(axis=1)
     gained = sums_MRCL[:, 1:] - sums_MRCL[:, :1]
     gained = gained / np.where(queries_ML > 0, queries_ML, np.nan)[:, None, None]
-    languages_M = ((queries_ML > 0) & averaged_L).sum(axis=-1)
-    overall = np.nansum(gained[..., averaged_L], axis=-1) / np.maximum(languages_M, 1)[:, None, None]
-    return np.concatenate([overall[..., None, :], np.moveaxis(gained, -1, -2)], axis=-2)
+    averaged_LK = averaged_KL.T.astype(np.float64)
+    languages_MK = (queries_ML > 0) @ averaged_LK
+    means = np.nan_to_num(gained) @ averaged_LK / np.where(languages_MK > 0, languages_MK, np.nan)[:, None, None]
+    return np.moveaxis(np.concatenate([means, gained], axis=-1), -1, -2)
 
 
 def _averaged(languages: Sequence[str]) -> np.ndarray:
@@ -187,6 +211,17 @@ def _averaged(languages: Sequence[str]) -> np.ndarray:
     pairs = [language.split(">") for language in languages]
     averaged = np.array([len({code.partition("-")[0] for code in pair}) == len(pair) for pair in pairs])
     return averaged if averaged.any() else ~averaged
+
+
+def _members(name: str, members: Sequence[str], languages: Sequence[str]) -> np.ndarray:
+    """(L,) bool: the languages of a group."""
+    unknown = sorted(set(members) - set(languages))
+    if unknown or not members:
+        raise CompareError(
+            f"group {name!r}: no query is in {', '.join(unknown) or 'no language'}; "
+            f"the languages of the queries are {', '.join(languages)}"
+        )
+    return np.isin(languages, members)
 
 
 def _interval(drawn: np.ndarray, level: float) -> np.ndarray:

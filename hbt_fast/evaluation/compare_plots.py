@@ -11,9 +11,9 @@ import numpy as np
 
 from hbt_fast.charts import PALETTE
 from hbt_fast.evaluation.compare import Comparison
-from hbt_fast.evaluation.compare_maps import PIXELS, draw_pair_differences, draw_pairs, new_figure, short
 from hbt_fast.evaluation.compare_report import CUTOFFS, PARALLEL, label, main_measures
 from hbt_fast.evaluation.compared import Run
+from hbt_fast.evaluation.maps import BITEXT, RETRIEVAL, heat_maps, new_figure, save, short, title_of
 from hbt_fast.fonts import fonts_for
 
 if TYPE_CHECKING:
@@ -53,8 +53,57 @@ def draw_all(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve
         paths = []
         for name, figure in figures.items():
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=min(150, math.sqrt(PIXELS / np.prod(figure.get_size_inches()))))
+            save(figure, paths[-1])
     return paths
+
+
+def draw_pairs(c: Comparison, rows: list[str], columns: list[str], cells_RXY: np.ndarray) -> Figure:
+    """A heat map by language pair for every run, on one colour scale.
+
+    Args:
+        c: what was compared.
+        rows: X names.
+        columns: Y names.
+        cells_RXY: values; NaN is left blank.
+    """
+    titles = [
+        title_of(
+            name, len(columns), [f"{label(m)} {_brief(m, c.measures[m].values[run, 0])}" for m in main_measures(c)]
+        )
+        for run, name in enumerate(c.names)
+    ]
+    what = f"{_paired(c)}, {short(c.task)}"
+    return heat_maps(titles, rows, columns, cells_RXY, what, axes_names=_axes_names(columns))
+
+
+def draw_pair_differences(c: Comparison, rows: list[str], columns: list[str], cells_RXY: np.ndarray) -> Figure:
+    """Differences of the other runs to the first, in hundredths, on one colour scale.
+
+    Args:
+        c: what was compared.
+        rows: X names.
+        columns: Y names.
+        cells_RXY: values; NaN is left blank.
+    """
+    points = 100 * (cells_RXY[1:] - cells_RXY[:1])
+    far = max(np.nanmax(np.abs(points)) if np.isfinite(points).any() else 0.0, 1.0)
+    first = title_of(c.names[0], len(columns))
+    titles = [f"{title_of(name, len(columns))}\n− {first}" for name in c.names[1:]]
+    what = f"difference in {_paired(c)}, × 100, {short(c.task)}"
+    style = {"limits": (-far, far), "colours": "RdBu", "form": "{:+.1f}"}
+    return heat_maps(titles, rows, columns, points, what, axes_names=_axes_names(columns), **style)
+
+
+def _axes_names(columns: list[str]) -> tuple[str, str]:
+    return RETRIEVAL if columns[-1] == "all" else BITEXT
+
+
+def _brief(measure: str, value: float) -> str:
+    return f"{value:,.0f}" if measure == "rank_distance" else f"{value:.3f}"
+
+
+def _paired(c: Comparison) -> str:
+    return "mAP" if "cr" in c.measures else label(main_measures(c)[0])
 
 
 def draw_settings(c: Comparison) -> Figure:
@@ -100,8 +149,9 @@ def draw_distances(c: Comparison) -> Figure:
     runs, codes, bars = len(c.names), [], []
     for run, (colour, name) in enumerate(zip(_colours(runs), c.names, strict=True)):
         x, y = (c.measures[m].values[run] for m in ("rank_distance", "mul"))
-        axes.plot(x[1:], y[1:], MARKERS[run % len(MARKERS)], color=colour, alpha=0.35, markersize=3.5, mew=0)
-        codes += [(a, b, code, colour) for a, b, code in zip(x[1:], y[1:], c.languages, strict=True) if a == a]
+        parts = list(c.language_columns.values())
+        axes.plot(x[parts], y[parts], MARKERS[run % len(MARKERS)], color=colour, alpha=0.35, markersize=3.5, mew=0)
+        codes += [(a, b, code, colour) for a, b, code in zip(x[parts], y[parts], c.languages, strict=True) if a == a]
         ends = [c.measures[m].intervals[run, 0] for m in ("rank_distance", "mul")]
         if not np.isnan(ends).any():
             across, along = (np.abs(e - v)[:, None] for e, v in zip(ends, (x[0], y[0]), strict=True))

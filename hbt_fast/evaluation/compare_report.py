@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from hbt_fast.evaluation.compare import Comparison, Measured
 from hbt_fast.evaluation.queries import LOWER_IS_BETTER
 from hbt_fast.evaluation.results import NAMES
+from hbt_fast.evaluation.tables import markdown_table
 
 PARALLEL = ("mo", "cr", "mul", "rank_distance")
 CUTOFFS = ("ndcg@10", "recall@100", "mrr@10")
+NAMED = 40  # languages of a group that are named
 STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 METHOD = (
     "Intervals: percentiles of a bootstrap over questions, each drawn with its queries in all languages (Efron 1979; "
     "Koehn 2004). p: two-sided randomisation test that exchanges two runs question by question (Smucker et al. 2007), "
-    "corrected after Holm (1979) over the runs, and by language over runs and languages, within a measure. {exchanges} "
-    "exchanges: no p is below one in as many."
+    "corrected after Holm (1979) within a measure: over the runs, by group over runs and groups, by language over runs "
+    "and languages. {exchanges} exchanges: no p is below one in as many."
 )
 _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}",
+    "|": r"\textbar{}", '"': "''",
 }  # fmt: skip
 
 
@@ -55,10 +57,15 @@ def to_markdown(comparison: Comparison, remarks: Sequence[str] = ()) -> str:
         parts.append(_overall_table(c, rest))
     if c.resamples:
         parts += [f"## Differences to {_cell(c.names[0])}", _difference_table(c, [*main, *rest])]
+    if c.groups:
+        parts.append("## By group")
+        for name in main:
+            parts += [label(name), _part_table(c, name, "group", c.group_columns)]
+        parts.append("; ".join(f"{_cell(name)}: {_some(members)}" for name, members in c.groups.items()) + ".")
     if len(c.languages) > 1:
         parts.append("## By language" if any(">" in language for language in c.languages) else "## By query language")
         for name in main:
-            parts += [label(name), _language_table(c, name)]
+            parts += [label(name), _part_table(c, name, "language", c.language_columns)]
     return "\n\n".join([*parts, *remarks, *([_method(c)] if c.resamples else [])]) + "\n"
 
 
@@ -75,6 +82,7 @@ def to_json(comparison: Comparison, files: Sequence[str], remarks: Sequence[str]
         "task": c.task,
         "runs": [{"name": name, "file": file} for name, file in zip(c.names, files, strict=True)],
         "languages": c.languages,
+        "groups": c.groups,
         "queries": c.queries,
         "questions": c.questions or None,
         "resamples": c.resamples,
@@ -87,7 +95,8 @@ def to_json(comparison: Comparison, files: Sequence[str], remarks: Sequence[str]
             name: {
                 "lower_is_better": name in LOWER_IS_BETTER,
                 "overall": _entries(c, measured, 0),
-                "by_language": {code: _entries(c, measured, 1 + i) for i, code in enumerate(c.languages)},
+                "by_group": {name: _entries(c, measured, column) for name, column in c.group_columns.items()},
+                "by_language": {code: _entries(c, measured, column) for code, column in c.language_columns.items()},
             }
             for name, measured in c.measures.items()
         },
@@ -105,19 +114,24 @@ def to_latex(comparison: Comparison) -> str:
     head = "% \\usepackage{booktabs}"
     if not "".join([*c.names, c.task]).isascii():
         head += "\n% Names are not all in Latin script: compile with XeLaTeX or LuaLaTeX and a font that has them."
-    rows = [
-        [latex(name), *(_latex_cell(c, c.measures[m], run, 0, m, interval=True) for m in main)]
-        for run, name in enumerate(c.names)
-    ]
+    rows = []
+    for run, name in enumerate(c.names):
+        rows.append([latex(name), *(_latex_cell(c, c.measures[m], run, 0, m) for m in main)])
+        if c.resamples:
+            ends = [_interval(m, c.measures[m].intervals[run, 0]).strip() for m in main]
+            rows.append(["", *(f"{{\\scriptsize {interval}}}" if interval else "" for interval in ends)])
     tables = [_latex_table(["", *map(_latex_label, main)], rows, _caption(c), "tab:comparison")]
-    if len(c.languages) > 1:
+    for what, columns in (("group", c.group_columns), ("language", c.language_columns)):
+        if len(columns) < (2 if what == "language" else 1):
+            continue
         for m in main:
             rows = [
-                [latex(code), *(_latex_cell(c, c.measures[m], run, 1 + i, m) for run in range(len(c.names)))]
-                for i, code in enumerate(c.languages)
+                [latex(name), *(_latex_cell(c, c.measures[m], run, column, m) for run in range(len(c.names)))]
+                for name, column in columns.items()
             ]
-            caption = f"{_latex_label(m)} on {latex(c.task)} by language. {_star_words(c, latex, by_language=True)}"
-            tables.append(_latex_table(["", *map(latex, c.names)], rows, caption, f"tab:comparison-{_slug(m)}"))
+            caption = f"{_latex_label(m)} on {latex(c.task)} by {what}. {_star_words(c, latex, what)}"
+            tag = f"tab:comparison-{_slug(m)}" + ("-groups" if what == "group" else "")
+            tables.append(_latex_table(["", *map(latex, c.names)], rows, caption, tag))
     return "\n\n".join([head, *tables]) + "\n"
 
 
@@ -178,10 +192,10 @@ def _legend(c: Comparison) -> str:
     )
 
 
-def _star_words(c: Comparison, escape: Callable[[str], str], *, by_language: bool = False) -> str:
+def _star_words(c: Comparison, escape: Callable[[str], str], what: str = "") -> str:
     if not c.resamples:
         return ""
-    over = "runs and languages" if by_language else "the runs compared"
+    over = f"runs and {what}s" if what else "the runs compared"
     return (
         f"One, two and three stars: differs from {escape(c.names[0])} at p at most 0.05, 0.01 and 0.001 "
         f"(randomisation test over questions, corrected after Holm over {over})."
@@ -193,7 +207,7 @@ def _overall_table(c: Comparison, measures: Sequence[str]) -> str:
     for run, name in enumerate(c.names):
         cells = [_value(c.measures[m], run, 0, m) + _interval(m, c.measures[m].intervals[run, 0]) for m in measures]
         rows.append([_cell(name), *cells])
-    return _table(["run", *map(label, measures)], rows)
+    return markdown_table(["run", *map(label, measures)], rows)
 
 
 def _difference_table(c: Comparison, measures: Sequence[str]) -> str:
@@ -202,17 +216,17 @@ def _difference_table(c: Comparison, measures: Sequence[str]) -> str:
         for run in range(len(c.names) - 1):
             row = [label(m), _cell(c.names[run + 1]), *_difference(c.measures[m], run, 0, m)]
             rows.append([*row[:-1], _p(c.measures[m].p[run, 0]), row[-1]])
-    return _table(["measure", "run", "difference", "interval", "p", "p (Holm)"], rows, words=2)
+    return markdown_table(["measure", "run", "difference", "interval", "p", "p (Holm)"], rows, words=2)
 
 
-def _language_table(c: Comparison, m: str) -> str:
+def _part_table(c: Comparison, m: str, what: str, columns: Mapping[str, int]) -> str:
     measured, two = c.measures[m], len(c.names) == 2 and c.resamples
     rows = []
-    for i, code in enumerate(c.languages):
-        row = [_cell(code), *(_value(measured, run, 1 + i, m) for run in range(len(c.names)))]
-        rows.append([*row, *_difference(measured, 0, 1 + i, m)] if two else row)
-    head = ["language", *map(_cell, c.names)]
-    return _table([*head, "difference", "interval", "p (Holm)"] if two else head, rows)
+    for name, column in columns.items():
+        row = [_cell(name), *(_value(measured, run, column, m) for run in range(len(c.names)))]
+        rows.append([*row, *_difference(measured, 0, column, m)] if two else row)
+    head = [what, *map(_cell, c.names)]
+    return markdown_table([*head, "difference", "interval", "p (Holm)"] if two else head, rows)
 
 
 def _value(measured: Measured, run: int, column: int, m: str) -> str:
@@ -273,16 +287,14 @@ def _latex_label(m: str) -> str:
     return latex(label(m)) + (r" $\downarrow$" if m in LOWER_IS_BETTER else "")
 
 
-def _latex_cell(c: Comparison, measured: Measured, run: int, column: int, m: str, *, interval: bool = False) -> str:
+def _latex_cell(c: Comparison, measured: Measured, run: int, column: int, m: str) -> str:
     value, column_values = measured.values[run, column], measured.values[:, column]
     if math.isnan(value):
         return "--"
     best = np.nanmin(column_values) if m in LOWER_IS_BETTER else np.nanmax(column_values)
     written = f"\\textbf{{{number(m, value)}}}" if value == best else number(m, value)
     mark = stars(measured.p_holm[run - 1, column]) if run else ""
-    written += f"$^{{{mark}}}$" if mark else ""
-    ends = _interval(m, measured.intervals[run, column]).strip() if interval else ""
-    return f"{written} {{\\footnotesize {ends}}}" if ends else written
+    return written + (f"$^{{{mark}}}$" if mark else "")
 
 
 def _latex_table(header: list[str], rows: list[list[str]], caption: str, tag: str) -> str:
@@ -305,14 +317,13 @@ def _latex_table(header: list[str], rows: list[list[str]], caption: str, tag: st
     )
 
 
+def _some(members: Sequence[str]) -> str:
+    return ", ".join(members) if len(members) <= NAMED else f"{len(members):,} directions"
+
+
 def _slug(m: str) -> str:
     return "".join(character if character.isalnum() else "-" for character in m)
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _table(header: list[str], rows: list[list[str]], words: int = 1) -> str:
-    lines = [header, [*["---"] * words, *["---:"] * (len(header) - words)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

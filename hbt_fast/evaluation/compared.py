@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hbt_fast.evaluation.bitext_report import BitextResults, averaged_directions
 from hbt_fast.evaluation.compare import CONSTANT, CompareError, Comparison, Measured
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.results import NAMES, Results
+from hbt_fast.evaluation.tables import nanmean
 
 EXACT = ("mo", "mul", "rank_distance", "ndcg@10", "mrr@10")  # whose means of queries are the result file's figures
 PAIRED = ("cr", "accuracy")  # that a result file averages over language pairs
@@ -34,6 +36,7 @@ class Run:
         figures: of the result file, (1 + L,) by measure: overall, then by language.
         pairs: names of rows and columns and the values by language pair, rows by columns; None where there are none.
         values: of every query; None if they were not written.
+        groups: languages by the name of their group, as the result file has them.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Run:
     figures: dict[str, np.ndarray]
     pairs: tuple[list[str], list[str], np.ndarray] | None
     values: PerQuery | None
+    groups: dict[str, list[str]]
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
@@ -67,17 +71,49 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     return runs
 
 
-def figures_only(runs: Sequence[Run]) -> Comparison:
+def groups_of(runs: Sequence[Run], given: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
+    """The groups that means are compared of: languages; of bitext, directions into and out of English, and within.
+
+    Args:
+        runs: R.
+        given: languages by the name of their group; None: as the first run was evaluated.
+
+    Raises:
+        CompareError: a group has a language that the runs have not.
+    """
+    first = runs[0]
+    groups = {name: list(members) for name, members in (first.groups if given is None else given).items()}
+    directions = [language.partition(">")[::2] for language in first.languages]
+    there = sorted({code for pair in directions for code in pair if code})
+    for name, members in groups.items():
+        if unknown := sorted(set(members) - set(there)):
+            raise CompareError(f"group {name!r}: no language {', '.join(unknown)}; there are {', '.join(there)}")
+    if not directions[0][1]:
+        return groups
+    if any(run.values is not None and sorted({*run.values.languages}) != run.languages for run in runs):
+        return {}  # so many directions that values are kept by source
+    masks = averaged_directions(*zip(*directions, strict=True), groups)
+    named = {name: [first.languages[i] for i in np.flatnonzero(mask)] for name, mask in masks.items()}
+    return {name: members for name, members in named.items() if members and name != "all directions"}
+
+
+def figures_only(runs: Sequence[Run], groups: Mapping[str, Sequence[str]] | None = None) -> Comparison:
     """The figures of result files without intervals and tests, as a `Comparison` of 0 resamples.
 
     Args:
         runs: R.
+        groups: languages by the name of their group, to give means of too.
     """
-    first = runs[0]
+    first, groups = runs[0], {name: list(members) for name, members in (groups or {}).items()}
+    rows = [[1 + first.languages.index(code) for code in members] for members in groups.values()]
     shared = [name for name in first.figures if all(name in run.figures for run in runs)]
-    measures = {name: _untested(np.stack([run.figures[name] for run in runs])) for name in shared}
+    measures = {}
+    for name in shared:
+        values_RG = np.stack([run.figures[name] for run in runs])
+        means_RK = [np.array([nanmean(values[row]) for values in values_RG]) for row in rows]
+        measures[name] = _untested(np.column_stack([values_RG[:, 0], *means_RK, values_RG[:, 1:]]))
     return Comparison(
-        first.task, [run.name for run in runs], first.languages, first.queries, 0, 0, 0, 0.95, 0, measures
+        first.task, [run.name for run in runs], first.languages, first.queries, 0, 0, 0, 0.95, 0, measures, groups
     )  # fmt: skip
 
 
@@ -200,13 +236,11 @@ def _of_retrieval(text: str) -> dict[str, Any]:
         pairs = (results.languages, [*results.languages, "all"], whole)
     return {
         "languages": results.languages, "queries": results.queries, "candidates": results.candidates,
-        "figures": figures, "pairs": pairs,
+        "figures": figures, "pairs": pairs, "groups": results.group_languages,
     }  # fmt: skip
 
 
 def _of_bitext(text: str) -> dict[str, Any]:
-    from hbt_fast.evaluation.bitext_report import BitextResults
-
     results = BitextResults.from_json(text)
     directions = [f"{source}>{target}" for source, target in zip(results.sources, results.targets, strict=True)]
     order = sorted(range(len(directions)), key=directions.__getitem__)
@@ -214,7 +248,7 @@ def _of_bitext(text: str) -> dict[str, Any]:
     return {
         "languages": [directions[i] for i in order], "queries": sum(results.sentences), "candidates": 0,
         "figures": {name: np.array([overall[name], *np.array(of)[order]]) for name, of in results.measures.items()},
-        "pairs": (results.languages, results.languages, results.matrix()),
+        "pairs": (results.languages, results.languages, results.matrix()), "groups": results.groups,
     }  # fmt: skip
 
 

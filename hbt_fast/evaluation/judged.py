@@ -2,8 +2,9 @@
 
 Rules for what is not quite right: judgements of 0 and below do not make a document relevant; the same judgement twice
 is one; a query without a relevant document (or, to re-rank, without a run) is left out and counted; a document that is
-the query itself (equal ids, and it has the text) is no candidate for it. All else that does not fit together is an
-error that names file and line.
+the query itself (equal ids, and it has the text) is no candidate for it; a judgement of a document that the corpus
+lacks is left out and counted, up to one in a hundred (as one of ArguAna's is; trec_eval counts it as never found). All
+else that does not fit together is an error that names file and line.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Judged:
         documents: id -> text.
         judgements: query id -> document id -> gain above 0. It may name queries that are not there.
         pools: query id -> document ids to re-rank; None: all documents are candidates.
+        missing: number of judgements that were left out, since their document is not there.
     """
 
     language: str
@@ -41,6 +43,7 @@ class Judged:
     documents: Mapping[str, str]
     judgements: Mapping[str, Mapping[str, float]]
     pools: Mapping[str, Sequence[str]] | None = None
+    missing: int = 0
 
 
 def read_texts(paths: Iterable[Path], wanted: Collection[str] | None = None) -> dict[str, str]:
@@ -264,6 +267,7 @@ def judged_task(name: str, parts: Sequence[Judged], *, parallel: bool = False) -
     return RetrievalTask(
         name, texts, languages, ids, candidates, candidate_languages, *offsets_and_members(relevant),
         gains=None if (gains == 1).all() else gains, candidate_ids=candidate_ids, left_out=left_out,
+        missing=sum(part.missing for part in parts),
         pools=offsets_and_members(pools) if parts[0].pools is not None else None,
         ignored=np.array(ignored) if parts[0].pools is None and max(ignored) >= 0 else None,
     )  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from hbt_fast.evaluation.ranks import Ranks
-from hbt_fast.evaluation.results import Results, nanmean
+from hbt_fast.evaluation.results import Results
+from hbt_fast.evaluation.tables import nanmean
 
 _NOT_BIAS = ("mo", "cr", "mul", "rank_distance")
 _DISCOUNT = 1 / np.log2(np.arange(2, 12))  # of the ranks 1 .. 10
@@ -62,7 +63,7 @@ def _pool_precisions(ranks: Ranks) -> np.ndarray:
 
 
 def _matrix(ap_NL: np.ndarray, ranks: Ranks) -> np.ndarray:
-    return np.stack([_nanmean(ap_NL[ranks.query_languages == i], axis=0) for i in range(len(ranks.languages))])
+    return np.stack([nanmean(ap_NL[ranks.query_languages == i], axis=0) for i in range(len(ranks.languages))])
 
 
 def mul_map(ranks: Ranks) -> np.ndarray:
@@ -177,7 +178,7 @@ def per_query(ranks: Ranks, gains: np.ndarray | None = None) -> dict[str, np.nda
     others_NL = np.where(np.arange(len(ranks.languages)) == own, np.nan, ap_NL)
     return {
         "mo": np.take_along_axis(ap_NL, own, axis=1)[:, 0],
-        "cr": _nanmean(others_NL, axis=1),
+        "cr": nanmean(others_NL, axis=1),
         "mul": average_precision(whole, ranks.query, n),
         "rank_distance": _rank_distances(ranks, whole),
         **_cutoffs_of(ranks, "own", gains),
@@ -228,7 +229,7 @@ def summarise(
     matrix = map_matrix(ranks)
     others = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
     by_language = {name: _by_language(values, ranks) for name, values in measures.items()}
-    by_language["cr"] = _nanmean(others, axis=1)
+    by_language["cr"] = nanmean(others, axis=1)
     pools = {pool: cutoff_metrics(ranks, pool, gains) for pool in ("own", "all")}
     return Results(
         task=task,
@@ -247,6 +248,7 @@ def summarise(
         bias={name: nanmean(x) for name, x in by_language.items() if name not in (*_NOT_BIAS, *pools["own"])},
         by_language={name: values.tolist() for name, values in by_language.items()},
         groups=_of_groups(groups or {}, ranks.languages, {**by_language, "cr": others}),
+        group_languages={group: list(members) for group, members in (groups or {}).items()},
         **extra,
     )
 
@@ -285,6 +287,7 @@ def summarise_pools(
         cutoffs={"re-ranking": {name: nanmean(values) for name, values in by_language.items()}},
         by_language={name: values.tolist() for name, values in by_language.items()},
         groups=_of_groups(groups or {}, languages.tolist(), by_language),
+        group_languages={group: list(members) for group, members in (groups or {}).items()},
         **extra,
     )  # fmt: skip
 
@@ -313,12 +316,6 @@ def _best(rank: np.ndarray, query: np.ndarray, n: int) -> np.ndarray:
 
 def _by_language(per_query: np.ndarray, ranks: Ranks) -> np.ndarray:
     return np.array([nanmean(per_query[ranks.query_languages == i]) for i in range(len(ranks.languages))])
-
-
-def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
-    """np.nanmean without its warning: the mean of nothing is NaN here by contract."""
-    valid = ~np.isnan(values)
-    return _divide(np.where(valid, values, 0).sum(axis=axis), valid.sum(axis=axis))
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

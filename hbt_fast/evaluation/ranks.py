@@ -233,7 +233,7 @@ def _count(
     higher_RL = torch.zeros(columns.splits.shape, dtype=torch.int32, device=device)
     count = counter_of(backend, columns, device)
     spans = []
-    with _full_precision():
+    with full_precision():
         for first in range(0, len(q_Nd), rows):
             q_nd = q_Nd[first : first + rows].to(device)
             n = len(q_nd)
@@ -278,7 +278,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """TF32 or bf16 products, if the program has switched them on, would reorder close candidates."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

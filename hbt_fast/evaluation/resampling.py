@@ -3,7 +3,7 @@
 Questions are the clusters. Means over queries are ratios of sums over questions, so that a resample is a row of weights
 times the (C, L) sums: 10,000 of them over XQuAD-R's 1,190 questions and 11 languages are one matrix product. Questions
 that exist in the same languages make a block: of bitext a question has two of very many directions, and products over
-the rest would be of zeros. Shapes as in `compare`.
+the rest would be of zeros. Shapes as in `compare`; K means are over languages, and G is "K means, then each language".
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def holm(p: np.ndarray) -> np.ndarray:
 def bootstrap(
     sums_MRCL: np.ndarray,
     counts_MCL: np.ndarray,
-    averaged_L: np.ndarray,
+    averaged_KL: np.ndarray,
     resamples: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Means of every measure and run under questions drawn anew, the same draws for all of them.
 
-    A language of which a resample has no query is left out of that resample's mean over languages.
+    A language of which a resample has no query is left out of that resample's means over languages.
 
     Args:
         sums_MRCL: sums of each measure over a question's queries, by run and language.
         counts_MCL: numbers of those queries.
-        averaged_L: bool, languages that the mean over languages is of.
+        averaged_KL: bool, the languages that each mean over languages is of.
         resamples: B.
         rng: draws the questions.
 
@@ -69,7 +69,7 @@ def bootstrap(
         for asked, there, sums, counts in blocks:
             sums_BMRL[..., there] += (weights[:, asked] @ sums).reshape(n, measures, runs, -1)
             counts_BML[..., there] += (weights[:, asked] @ counts).reshape(n, measures, -1)
-        drawn.append(means_of(sums_BMRL, counts_BML[:, :, None], averaged_L))
+        drawn.append(means_of(sums_BMRL, counts_BML[:, :, None], averaged_KL))
     return np.concatenate(drawn)
 
 
@@ -115,22 +115,21 @@ def blocks_of(counts_MCL: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.flatnonzero(pattern_C == i), np.flatnonzero(there)) for i, there in enumerate(patterns) if there.any()]
 
 
-def means_of(sums: np.ndarray, counts: np.ndarray, averaged_L: np.ndarray) -> np.ndarray:
+def means_of(sums: np.ndarray, counts: np.ndarray, averaged_KL: np.ndarray) -> np.ndarray:
     """Means over queries: over languages, then of each.
 
     Args:
         sums: (..., L).
         counts: (..., L); where it is 0, the mean is NaN.
-        averaged_L: bool, languages that the mean over languages is of.
+        averaged_KL: bool, the languages that each mean over languages is of.
 
     Returns:
-        (..., 1 + L) float64.
+        (..., K + L) float64.
     """
     means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    there = ~np.isnan(means) & averaged_L
-    total, n = np.where(there, means, 0).sum(axis=-1, keepdims=True), there.sum(axis=-1, keepdims=True)
-    overall = np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
-    return np.concatenate([overall, means], axis=-1)
+    there, averaged_LK = ~np.isnan(means), averaged_KL.T.astype(np.float64)
+    total, n = np.where(there, means, 0) @ averaged_LK, there @ averaged_LK
+    return np.concatenate([np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0), means], axis=-1)
 
 
 def _chunks(number: int, questions: int) -> Iterator[int]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from hbt_fast.evaluation.tables import markdown_table, nanmean
+
 NAMES = {
     "mo": "Mo", "cr": "Cr", "mul": "Mul", "map": "mAP", "rank_distance": "rank distance",
     "ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr@10": "MRR@10",
@@ -40,6 +42,7 @@ class Results:
         seconds: wall time by phase.
         by_language: measure -> its mean over the queries of each language; "cr" is the mean over the other languages.
         groups: group of languages -> measure -> macro mean over the languages of the group.
+        group_languages: group of languages -> its query languages.
         left_out: queries of the data without a relevant candidate, which nothing can be measured with.
         notes: lines for the reader: the index that was searched, the split, and the like.
     """
@@ -62,6 +65,7 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)
     by_language: dict[str, list[float]] = field(default_factory=dict)
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    group_languages: dict[str, list[str]] = field(default_factory=dict)
     left_out: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -122,11 +126,11 @@ class Results:
         parts = [
             f"# {self.model or 'model'} on {self.task}",
             said + (" mAP over the full ranking." if self._has("mo") or self._has("cr") else ""),
-            _table(["mAP"], [[_number("mo", self.mo)]]) * self._has("mo")
+            markdown_table(["mAP"], [[_number("mo", self.mo)]]) * self._has("mo")
             if single
             else self._columns(_PAPER, [("", lambda name: getattr(self, name))]),
             self._cutoffs(single),
-            _table(list(self.bias), [[_number(name, x) for name, x in self.bias.items()]]) if self.bias else "",
+            markdown_table(list(self.bias), [[_number(name, x) for name, x in self.bias.items()]]) if self.bias else "",
             self._groups(),
             "" if single else self._by_language(),
             self._pairs(),
@@ -164,7 +168,7 @@ class Results:
         header = ["Cr (mean)" if name == "cr" and corner == "query" else NAMES.get(name, name) for name in there]
         if len(rows) > 1 or rows[0][0]:
             header, body = [corner, *header], [[row, *cells] for (row, _), cells in zip(rows, body, strict=True)]
-        return _table(header, body)
+        return markdown_table(header, body)
 
     def _cutoffs(self, single: bool) -> str:
         pools = {pool: values for pool, values in self.cutoffs.items() if not (single and pool == "all")}
@@ -180,7 +184,9 @@ class Results:
             return ""
         names = list(dict.fromkeys(name for values in self.groups.values() for name in values))
         rows = [(group, _getter(values)) for group, values in self.groups.items()]
-        return "Macro means over groups of query languages:\n\n" + self._columns(names, rows, "group")
+        members = "; ".join(f"{group} ({', '.join(codes)})" for group, codes in self.group_languages.items())
+        of = f": {members}" if members else ""
+        return f"Macro means over groups of query languages{of}:\n\n" + self._columns(names, rows, "group")
 
     def _by_language(self) -> str:
         rows = [
@@ -195,18 +201,8 @@ class Results:
         if not math.isfinite(self.cr):
             return ""
         rows = [[row, *(_number("", x, 3) for x in xs)] for row, xs in zip(self.languages, self.matrix, strict=True)]
-        table = _table(["", *self.languages], rows)
+        table = markdown_table(["", *self.languages], rows)
         return f"mAP by query language (row) and passage language (column):\n\n{table}"
-
-
-def nanmean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; of nothing it is NaN, without a warning.
-
-    Args:
-        values: any shape.
-    """
-    valid = values[~np.isnan(values)]
-    return float(valid.mean()) if valid.size else math.nan
 
 
 def _getter(values: dict[str, float]) -> Callable[[str], float]:
@@ -233,8 +229,3 @@ def _map_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_map_nulls(x) for x in value]
     return math.nan if value is None else value
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -77,12 +77,12 @@ def measure(
     Raises:
         EvaluationError: NaN or infinite vectors, a wrong shape, dimensions of queries and candidates that differ.
     """
-    clock = _Clock(log)
+    clock = Clock(log)
     with clock.phase("encode queries") as done:
-        q_Nd = _encode(encoder, task.queries, query_prompt, "query", progress)
+        q_Nd = encode_distinct(encoder, task.queries, query_prompt, "query", progress)
         done(f"{len(q_Nd):,} texts, {q_Nd.shape[1]} dimensions")
     with clock.phase("encode candidates") as done:
-        p_Md = _encode(passage_encoder or encoder, task.candidates, passage_prompt, "candidate", progress)
+        p_Md = encode_distinct(passage_encoder or encoder, task.candidates, passage_prompt, "candidate", progress)
         done(f"{len(p_Md):,} texts")
     if q_Nd.shape[1] != p_Md.shape[1]:
         raise EvaluationError(f"query vectors have {q_Nd.shape[1]} dimensions, candidate vectors {p_Md.shape[1]}")
@@ -121,7 +121,7 @@ def measure(
     return results, PerQuery(task.name, task.query_ids, task.query_languages, measured)
 
 
-def _in_pools(q_Nd: np.ndarray, p_Md: np.ndarray, task: RetrievalTask, clock: _Clock) -> dict[str, np.ndarray]:
+def _in_pools(q_Nd: np.ndarray, p_Md: np.ndarray, task: RetrievalTask, clock: Clock) -> dict[str, np.ndarray]:
     from hbt_fast.evaluation.ranks import pool_ranks
 
     with clock.phase("rank") as done:
@@ -132,12 +132,18 @@ def _in_pools(q_Nd: np.ndarray, p_Md: np.ndarray, task: RetrievalTask, clock: _C
 
 
 def _notes(task: RetrievalTask) -> list[str]:
-    many = 0 if task.ignored is None else int((task.ignored >= 0).sum())
-    said = (
-        f"{many:,} queries are documents themselves (equal ids and texts). Each is left out of its own ranking, as "
-        "BEIR's tool does."
-    )
-    return [said] if many else []
+    notes = []
+    if many := 0 if task.ignored is None else int((task.ignored >= 0).sum()):
+        notes.append(
+            f"{many:,} queries are documents themselves (equal ids and texts). Each is left out of its own ranking, as "
+            "BEIR's tool does."
+        )
+    if task.missing:
+        notes.append(
+            f"Judgements of documents that the corpus lacks: {task.missing:,}. They do not count (trec_eval counts "
+            "them as never found)."
+        )
+    return notes
 
 
 def _without(indices: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
@@ -148,22 +154,45 @@ def _without(indices: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
     return np.take_along_axis(left_Nk, np.argsort(left_Nk < 0, axis=1, kind="stable"), axis=1)
 
 
-class _Clock:
-    """Times phases and says how long they took."""
+class Clock:
+    """Times phases and says how long they took.
+
+    Args:
+        log: gets a line for each; None: silent.
+    """
 
     def __init__(self, log: Callable[[str], None] | None) -> None:
         self.log, self.seconds = log or (lambda line: None), {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Within it, the time is that of the phase; gives a function that takes what is to be said of it.
+
+        Args:
+            name: of the phase, in `seconds` and in its line.
+        """
         started, said = time.perf_counter(), []
         yield said.append
         self.seconds[name] = round(time.perf_counter() - started, 3)
         self.log(f"{name:<18} {self.seconds[name]:9.1f} s   {' '.join(said)}")
 
 
-def _encode(encoder: TextEncoder, texts: list[str], prompt: str, kind: str, progress: bool) -> np.ndarray:
-    """Encodes each distinct text once: equal texts then have bit-equal vectors, whatever batch they would have met."""
+def encode_distinct(encoder: TextEncoder, texts: list[str], prompt: str, kind: str, progress: bool) -> np.ndarray:
+    """Encodes each distinct text once: equal texts then have bit-equal vectors, whatever batch they would have met.
+
+    Args:
+        encoder: of the texts.
+        texts: n strings.
+        prompt: put before each.
+        kind: what they are, for messages.
+        progress: passed on to the encoder.
+
+    Returns:
+        (n, d) float32.
+
+    Raises:
+        EvaluationError: NaN or infinite vectors, a wrong shape.
+    """
     distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     vectors = np.asanyarray(encoder.encode(list(distinct), prompt=prompt, progress=progress))
     if vectors.ndim != 2 or len(vectors) != len(distinct):
@@ -186,8 +215,17 @@ def _repeated(vectors: np.ndarray, rows: list[int]) -> np.ndarray:
     """vectors[rows]; where the vectors are a file, these are one too, without a name."""
     if not isinstance(vectors, np.memmap):
         return vectors[rows]
-    with TemporaryFile() as file:
-        out = np.memmap(file, np.float32, "w+", shape=(len(rows), vectors.shape[1]))
+    out = unnamed_file((len(rows), vectors.shape[1]))
     for i in range(0, len(rows), ROWS):
         out[i : i + ROWS] = vectors[rows[i : i + ROWS]]
     return out
+
+
+def unnamed_file(shape: tuple[int, int]) -> np.memmap:
+    """float32 zeros mapped from a file that has no name and goes with them.
+
+    Args:
+        shape: of the array.
+    """
+    with TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)

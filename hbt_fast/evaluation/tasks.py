@@ -34,6 +34,7 @@ class RetrievalTask:
         pools: of a re-ranking task: offsets (N + 1,) int64 and candidates (P,) int64. Query i re-ranks
             ``pools[1][pools[0][i]:pools[0][i + 1]]``, which need not hold its relevant candidates.
         left_out: number of queries that the data have, but no relevant candidate for.
+        missing: number of judgements that the data have, but no candidate for.
         ignored: (N,) int64 the candidate that is left out of each query's ranking, as its own text; -1: none. None:
             nothing is, for any query.
 
@@ -55,6 +56,7 @@ class RetrievalTask:
     groups: dict[str, list[str]] = field(default_factory=dict)
     pools: tuple[np.ndarray, np.ndarray] | None = None
     left_out: int = 0
+    missing: int = 0
     ignored: np.ndarray | None = None
 
     def __post_init__(self) -> None:
