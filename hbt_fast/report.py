@@ -34,7 +34,7 @@ def before_and_after(before: Results | None, after: Results | None, run: Path) -
     if after is None:
         return {}
     if before is not None:
-        print("\nmAP on " + after.task + "\n\n" + comparison(before, after), flush=True)
+        print(f"\n{after.task}\n\n{comparison(before, after)}", flush=True)
     paths = write_report(after, run / "evaluation.json", before)
     return dict(zip(("results (JSON)", "results (table)", "heat map"), paths, strict=True))
 

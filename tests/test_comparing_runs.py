@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from hbt_fast import compare as program
+from hbt_fast.evaluation.bitext import evaluate_bitext, n_way
 from hbt_fast.evaluation.compare import CompareError, compare_runs
 from hbt_fast.evaluation.compare_plots import draw_curves
 from hbt_fast.evaluation.compare_report import latex, to_json, to_latex, to_markdown
@@ -273,8 +274,8 @@ def test_a_group_without_a_measure_has_no_value_and_no_p():
     assert np.isnan(found.p[:, 1]).all()
 
 
-def test_bitext_is_compared_into_and_out_of_english_too(tmp_path, capsys):
-    from hbt_fast.evaluation.bitext import evaluate_bitext, n_way
+def bitext(folder):
+    """Result files of two made-up encoders on 20 lines in four languages, and the results of the second."""
 
     class Noisy:
         def __init__(self, seed):
@@ -289,7 +290,22 @@ def test_bitext_is_compared_into_and_out_of_english_too(tmp_path, capsys):
     files = []
     for seed in (0, 1):
         results = evaluate_bitext(Noisy(seed), replace(task, groups={"low": ["yo", "de"]}), log=None)
-        files.append(results.write(tmp_path / f"{seed}.json")[0])
+        files.append(results.write(folder / f"{seed}.json")[0])
+    return files, results
+
+
+def test_bitext_of_very_many_directions_is_compared_by_source(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hbt_fast.evaluation.bitext.MOST_QUERIES", 100)
+    files, _ = bitext(tmp_path)
+    assert program.main([*map(str, files), "--resamples", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "80 queries of 20 questions, 4 directions." in printed
+    assert "| de>* |" in printed
+    assert "## By group" not in printed
+
+
+def test_bitext_is_compared_into_and_out_of_english_too(tmp_path, capsys):
+    files, results = bitext(tmp_path)
     assert program.main([*map(str, files), "--resamples", "100", "--out", str(tmp_path / "out")]) == 0
     table = json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf-8"))
     by_group = table["measures"]["accuracy"]["by_group"]
@@ -299,8 +315,11 @@ def test_bitext_is_compared_into_and_out_of_english_too(tmp_path, capsys):
     (tmp_path / "0.queries.npz").unlink()
     assert program.main([*map(str, files), "--out", str(tmp_path / "figures")]) == 2
     table = json.loads((tmp_path / "figures" / "table.json").read_text(encoding="utf-8"))
-    by_group = table["measures"]["accuracy"]["by_group"]
-    assert {name: entries[1]["value"] for name, entries in by_group.items()} == pytest.approx(means)
+    accuracy = table["measures"]["accuracy"]
+    assert {name: entries[1]["value"] for name, entries in accuracy["by_group"].items()} == pytest.approx(means)
+    directions = map("{}>{}".format, results.sources, results.targets)
+    stated = dict(zip(directions, results.measures["accuracy"], strict=True))
+    assert {name: entries[1]["value"] for name, entries in accuracy["by_language"].items()} == stated
     assert program.main([*map(str, files), "--groups", "low=xx"]) == 2
     assert "group 'low': no language xx; there are de, en, en-GB, yo" in capsys.readouterr().err
 

@@ -146,6 +146,8 @@ def test_groups_are_macro_means_of_every_measure():
     problem = Problem(6)
     results = metrics.summarise(problem.ranks(), "random", gains=problem.gains, groups={"a": ["de", "fr"], "b": ["en"]})
     matrix = np.array(results.matrix)
+    assert results.group_languages == {"a": ["de", "fr"], "b": ["en"]}
+    assert "a (de, fr); b (en):" in results.to_markdown()
     assert results.groups["a"]["mo"] == pytest.approx((matrix[0, 0] + matrix[2, 2]) / 2)
     assert results.groups["a"]["cr"] == pytest.approx(np.mean([matrix[0, 1], matrix[0, 2], matrix[2, 0], matrix[2, 1]]))
     assert results.groups["b"]["cr"] == pytest.approx(np.mean([matrix[1, 0], matrix[1, 2]]))
