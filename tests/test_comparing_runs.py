@@ -21,7 +21,7 @@ from hbt_fast.evaluation.compare_report import latex, to_json, to_latex, to_mark
 from hbt_fast.evaluation.metrics import per_query, summarise
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks
-from hbt_fast.evaluation.resampling import bootstrap, holm, randomisation
+from hbt_fast.evaluation.resampling import Block, blocks_of, bootstrap, holm, randomisation, totals
 from hbt_fast.fonts import choose, fonts_for
 
 LANGUAGES = ("ar", "de", "zh")
@@ -71,6 +71,11 @@ def one_measure(values_CL, task="t"):
     return PerQuery(task, ids, [f"l{j}" for j in range(languages)] * questions, {"mo": values_CL.ravel().astype(float)})
 
 
+def p_of(parts_C, exchanges, rng):
+    """The p-value of one difference."""
+    return randomisation([(np.arange(len(parts_C)), np.arange(1), parts_C[:, None])], 1, exchanges, rng)[0]
+
+
 def simulated(rng, gain=0.0, questions=40, languages=3):
     """Two runs whose differences have a part in common to all languages of a question."""
     hard = rng.standard_normal((questions, 1))
@@ -98,7 +103,8 @@ def test_means_are_the_evaluations_own():
 
 def test_intervals_equal_scipys_where_queries_are_independent():
     x = np.random.default_rng(0).exponential(size=30)
-    drawn = bootstrap(x[None, None, :, None], np.ones((1, 30, 1)), EVERY, 2000, np.random.default_rng(5))
+    block = Block(np.arange(30), np.arange(1), x[None, None, :, None], np.ones((1, 30, 1)))
+    drawn = bootstrap([block], EVERY, 2000, np.random.default_rng(5))
     expected = stats.bootstrap((x,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(5))
     np.testing.assert_allclose(np.quantile(drawn[:, 0, 0, 0], [0.025, 0.975]), expected.confidence_interval, rtol=1e-12)
     runs = [one_measure(x[:, None]), one_measure(x[::-1, None])]
@@ -120,7 +126,7 @@ def test_p_values_equal_scipys_exact_ones_where_queries_are_independent():
         exact = stats.permutation_test(
             (x, y), lambda a, b: np.mean(b - a), permutation_type="samples", n_resamples=np.inf
         )
-        p = randomisation(((y - x) / 11)[None], 20_000, np.random.default_rng(2))[0]
+        p = p_of((y - x) / 11, 20_000, np.random.default_rng(2))
         assert abs(p - exact.pvalue) < 4 * math.sqrt(exact.pvalue / 20_000) + 1e-4
 
 
@@ -173,12 +179,12 @@ def test_ties_of_whole_numbers_count_whatever_order_they_are_summed_in():
     signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1)
     whole = np.round(80 * difference).astype(int)
     expected = np.mean(np.abs(whole @ signs) >= abs(whole.sum()))
-    p = randomisation(difference[None], 50_000, np.random.default_rng(0))[0]
+    p = p_of(difference, 50_000, np.random.default_rng(0))
     assert abs(p - expected) < 4 * math.sqrt(expected / 50_000)
 
 
 def test_p_is_never_0_and_small_enough_that_many_languages_can_be_told_apart():
-    assert randomisation(np.ones((1, 200)), 99, np.random.default_rng(0))[0] == 0.01
+    assert p_of(np.ones(200), 99, np.random.default_rng(0)) == 0.01
     languages = 12
     values = np.random.default_rng(0).standard_normal((60, languages))
     found = compare_runs("ab", [one_measure(values), one_measure(values + 5)], resamples=100)
@@ -191,18 +197,24 @@ def test_questions_in_few_languages_are_resampled_as_if_they_were_in_all():
     rng = np.random.default_rng(0)
     counts = np.kron(np.eye(4), np.ones((5, 2)))[None]
     sums = counts[:, None] * rng.standard_normal((1, 3, 20, 8))
-    every = np.ones((1, 8), dtype=bool)
-    blocks = bootstrap(sums, counts, every, 50, np.random.default_rng(1))
+    question, language = np.nonzero(counts[0])
+    values, there = sums[..., question, language], np.ones((1, 40), dtype=bool)
+    shuffled = rng.permutation(40)
+    blocks = blocks_of(question[shuffled], language[shuffled], values[..., shuffled], there)
+    assert [block.sums_MRCL.shape for block in blocks] == [(1, 3, 5, 2)] * 4
+    for found, expected in zip(totals(blocks, 8), (sums.sum(axis=2), counts.sum(axis=1)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    drawn = bootstrap(blocks, np.ones((1, 8), dtype=bool), 50, np.random.default_rng(1))
     picks = np.random.default_rng(1).integers(0, 20, (50, 20))
-    for resample, picked in zip(blocks, picks, strict=True):
+    for resample, picked in zip(drawn, picks, strict=True):
         with np.errstate(invalid="ignore"):
             means = sums[0][:, picked].sum(axis=1) / counts[0][picked].sum(axis=0)
         np.testing.assert_allclose(resample[0, :, 1:], means, rtol=1e-12)
         np.testing.assert_allclose(resample[0, :, 0], np.nanmean(means, axis=1), rtol=1e-12)
-    parts = sums[0, 0].T
-    rows = [(np.array([2 * i, 2 * i + 1]), np.arange(5 * i, 5 * i + 5)) for i in range(4)]
-    whole, apart = (randomisation(parts, 500, np.random.default_rng(2), b) for b in ((), rows))
-    assert np.array_equal(whole, apart)
+    whole = [(np.arange(20), np.arange(8), sums[0, 0])]
+    apart = [(block.asked, block.there, block.sums_MRCL[0, 0]) for block in blocks]
+    p, expected = (randomisation(parts, 8, 500, np.random.default_rng(2)) for parts in (apart, whole))
+    assert np.array_equal(p, expected)
 
 
 def test_holm_by_hand():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hbt_fast.evaluation.queries import PerQuery
-from hbt_fast.evaluation.resampling import blocks_of, bootstrap, holm, means_of, randomisation
+from hbt_fast.evaluation.resampling import Block, blocks_of, bootstrap, holm, means_of, randomisation, totals
 
 FINE = 1000  # exchanges for every p-value that is corrected together, so that even after Holm 0.001 can be reached,
 MOST = 200_000_000  # while exchanges times questions are no more
@@ -133,23 +133,21 @@ def compare_runs(
     if not shared:
         measured = "; ".join(f"{name} has {', '.join(run.measures)}" for name, run in zip(names, runs, strict=True))
         raise CompareError(f"the runs have no measure in common: {measured}")
-    cell_N, shape = question_N * len(languages) + language_N, (questions, len(languages))
-    counts_MCL, sums_MRCL, kept = [], [], []
+    kept, values_MRN, there_MN = [], [], []
     for measure in shared:
         values_RN = np.stack([run.measures[measure][order] for run, order in zip(runs, orders, strict=True)])
         there_N = _there(names, first, measure, values_RN)
-        if not there_N.any():  # as Cr in one language
-            continue
-        kept.append(measure)
-        counts_MCL.append(_sums(cell_N[there_N], None, shape))
-        sums_MRCL.append(np.stack([_sums(cell_N[there_N], values[there_N], shape) for values in values_RN]))
+        if there_N.any():  # not so of Cr in one language
+            kept.append(measure)
+            values_MRN.append(values_RN)
+            there_MN.append(there_N)
     if not kept:
         raise CompareError(f"no query has a value of {', '.join(shared)}")
+    blocks = blocks_of(question_N, language_N, np.stack(values_MRN), np.stack(there_MN))
     groups = {name: list(members) for name, members in (groups or {}).items()}
     averaged_KL = np.stack([_averaged(languages), *(_members(name, groups[name], languages) for name in groups)])
     exchanges = max(resamples, min(FINE * len(languages) * (len(runs) - 1), MOST // questions))
-    sums, counts = np.stack(sums_MRCL), np.stack(counts_MCL)
-    measured = _measured(sums, counts, averaged_KL, (resamples, exchanges), level, seed)
+    measured = _measured(blocks, averaged_KL, (resamples, exchanges), level, seed)
     measures = dict(zip(kept, measured, strict=True))
     return Comparison(
         first.task, list(names), languages, len(first.ids), questions, resamples, exchanges, level, seed, measures,
@@ -168,22 +166,21 @@ def question(query: str, language: str) -> str:
 
 
 def _measured(
-    sums_MRCL: np.ndarray,
-    counts_MCL: np.ndarray,
-    averaged_KL: np.ndarray,
-    numbers: tuple[int, int],
-    level: float,
-    seed: int,
+    blocks: Sequence[Block], averaged_KL: np.ndarray, numbers: tuple[int, int], level: float, seed: int
 ) -> Iterator[Measured]:
     draw, exchange = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(2))
-    values_MRG = means_of(sums_MRCL.sum(axis=2), counts_MCL.sum(axis=1)[:, None], averaged_KL)
-    drawn_BMRG = bootstrap(sums_MRCL, counts_MCL, averaged_KL, numbers[0], draw)
-    parts_MRGC = _parts(sums_MRCL, counts_MCL, averaged_KL)
-    shape = parts_MRGC.shape[:-1]
+    k, languages = averaged_KL.shape
+    sums_MRL, counts_ML = totals(blocks, languages)
+    values_MRG = means_of(sums_MRL, counts_ML[:, None], averaged_KL)
+    drawn_BMRG = bootstrap(blocks, averaged_KL, numbers[0], draw)
+    shape = values_MRG[:, 1:].shape
     rows_MRG = np.arange(np.prod(shape)).reshape(shape)
-    k = len(averaged_KL)
-    blocks = [(rows_MRG[..., [*range(k), *(k + there)]].ravel(), asked) for asked, there in blocks_of(counts_MCL)]
-    p_MRG = randomisation(parts_MRGC.reshape(rows_MRG.size, -1), numbers[1], exchange, blocks).reshape(shape)
+    parts = [
+        (block.asked, rows_MRG[..., [*range(k), *(k + block.there)]].ravel(), _parts(block, counts_ML, averaged_KL))
+        for block in blocks
+    ]
+    p_MRG = randomisation(parts, rows_MRG.size, numbers[1], exchange).reshape(shape)
+    p_MRG[np.isnan(values_MRG[:, 1:])] = np.nan
     for values_RG, drawn_BRG, p_RG in zip(values_MRG, np.moveaxis(drawn_BMRG, 1, 0), p_MRG, strict=True):
         yield Measured(
             values=values_RG,
@@ -195,15 +192,15 @@ def _measured(
         )
 
 
-def _parts(sums_MRCL: np.ndarray, counts_MCL: np.ndarray, averaged_KL: np.ndarray) -> np.ndarray:
-    """(M, R - 1, G, C): what every question adds to the differences to the first run; NaN where there is no query."""
-    queries_ML = counts_MCL.sum(axis=1)
-    gained = sums_MRCL[:, 1:] - sums_MRCL[:, :1]
-    gained = gained / np.where(queries_ML > 0, queries_ML, np.nan)[:, None, None]
+def _parts(block: Block, counts_ML: np.ndarray, averaged_KL: np.ndarray) -> np.ndarray:
+    """(C, M * (R - 1) * (K + L)): what its questions add to differences to the first run, in means and by language."""
+    gained_MRCL = block.sums_MRCL[:, 1:] - block.sums_MRCL[:, :1]
+    gained_MRCL /= np.maximum(counts_ML[:, block.there], 1)[:, None, None]
     averaged_LK = averaged_KL.T.astype(np.float64)
-    languages_MK = (queries_ML > 0) @ averaged_LK
-    means = np.nan_to_num(gained) @ averaged_LK / np.where(languages_MK > 0, languages_MK, np.nan)[:, None, None]
-    return np.moveaxis(np.concatenate([means, gained], axis=-1), -1, -2)
+    languages_MK = (counts_ML > 0) @ averaged_LK
+    means_MRCK = gained_MRCL @ averaged_LK[block.there] / np.maximum(languages_MK, 1)[:, None, None]
+    parts_MRCG = np.concatenate([means_MRCK, gained_MRCL], axis=-1)
+    return np.moveaxis(parts_MRCG, -2, 0).reshape(len(block.asked), -1)
 
 
 def _averaged(languages: Sequence[str]) -> np.ndarray:
@@ -231,10 +228,6 @@ def _interval(drawn: np.ndarray, level: float) -> np.ndarray:
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # a language without such queries
         quantiles = np.nanquantile(drawn, ends, axis=0) if np.isnan(drawn).any() else np.quantile(drawn, ends, axis=0)
     return np.moveaxis(quantiles, 0, -1)
-
-
-def _sums(cells: np.ndarray, weights: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
-    return np.bincount(cells, weights=weights, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
 
 
 def _pair(names: Sequence[str], runs: Sequence[PerQuery]) -> list[np.ndarray]:
