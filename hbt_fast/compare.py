@@ -16,6 +16,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hbt_fast.evaluation.compare_plots import Curve
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,41 +96,45 @@ def write(folder: Path, comparison, runs: Sequence, remarks: Sequence[str]) -> l
     from hbt_fast.evaluation.compare_report import to_json, to_latex, to_markdown
 
     folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "table.json": to_json(comparison, [str(run.file) for run in runs], remarks),
+        "table.tex": to_latex(comparison),
+        "table.md": to_markdown(comparison, remarks),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plots = draw_all(comparison, runs, [learning_curve(run.folder) for run in runs], folder)
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {text}", file=sys.stderr)
-    page = to_markdown(comparison, remarks) + "".join(f"\n![{plot.stem}]({plot.name})\n" for plot in plots)
-    texts = {
-        "table.md": page,
-        "table.json": to_json(comparison, [str(run.file) for run in runs], remarks),
-        "table.tex": to_latex(comparison),
-    }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    with open(folder / "table.md", "a", encoding="utf-8") as page:
+        page.write("".join(f"\n![{plot.stem}]({plot.name})\n" for plot in plots))
     return [*(folder / name for name in texts), *plots]
 
 
-def learning_curve(folder: Path | None) -> list[tuple[int, dict[str, float]]]:
-    """(steps done, measures) of every evaluation of a training run, in order.
+def learning_curve(folder: Path | None) -> Curve:
+    """The evaluations of a training run: (steps done, measures) in order, by task.
+
+    The first is the task during training. With eval.queries that is a smaller one than before and after training, whose
+    figures compare with each other only. The last evaluation is at the step of the weights that were exported.
 
     Args:
         folder: of the run, which may have a metrics.jsonl; None: no training run.
     """
     if folder is None:
-        return []
+        return {}
     from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, read_metrics
 
     records = read_metrics(folder / "metrics.jsonl")
     done = max((record["step"] + 1 for record in records if "loss" in record), default=0)
-    points = {}
-    for record in records:
-        when = record.get("evaluation")
-        if when in (BEFORE, DURING, AFTER):
-            at = {BEFORE: 0, DURING: record.get("step"), AFTER: done}[when]
-            points[at] = {name: record[name] for name in METRICS if record.get(name) is not None}
-    return sorted(points.items())
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    made = [record for record in records if record.get("evaluation") in (BEFORE, DURING, AFTER)]
+    for record in sorted(made, key=lambda record: record["evaluation"] != DURING):
+        at = record.get("step", 0 if record["evaluation"] == BEFORE else done)
+        values = {name: record[name] for name in METRICS if record.get(name) is not None}
+        found.setdefault(record.get("task", ""), {}).setdefault(at, values)
+    return {task: sorted(points.items()) for task, points in found.items()}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ LISTED = 20  # characters that a warning lists
 
 @contextmanager
 def fonts_for(texts: Iterable[str]) -> Iterator[None]:
-    """Within it, matplotlib draws these texts with as many installed fonts as they need.
+    """Within it, matplotlib draws these texts as they are, with as many installed fonts as they need.
 
     Characters that no font has are drawn as boxes; one warning says which they are and what to install.
 
@@ -31,7 +31,8 @@ def fonts_for(texts: Iterable[str]) -> Iterator[None]:
             "they are drawn as boxes. Noto's fonts have nearly all scripts (Debian: fonts-noto-core, fonts-noto-cjk)",
             stacklevel=3,
         )
-    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+    no_formulas = {"text.parse_math": False}  # in names with dollars
+    with matplotlib.rc_context({"font.family": families, **no_formulas}), warnings.catch_warnings():
         if missing:  # said once, in plain words
             warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         yield

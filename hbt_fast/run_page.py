@@ -277,7 +277,8 @@ def _during(run: _Run) -> str:
     keys = _keys(any(r["cr"] is not None or r["rank_distance"] is not None for r in made))
     pick = min if metric in LOWER_IS_BETTER else max
     best = pick(measured, key=lambda r: r[metric])["step"] if measured else None
-    start = [{**r, "step": 0} for r in run.records if r.get("evaluation") == BEFORE][-1:]
+    before = [{**r, "step": 0} for r in run.records if r.get("evaluation") == BEFORE][-1:]
+    start = [r for r in before if r.get("task") == made[0].get("task")]  # eval.queries makes the task a smaller one
     curve = start + made
     lines = [
         Line(NAMES[key], *zip(*((r["step"], r[key]) for r in curve if r.get(key) is not None), strict=True), dots=True)

@@ -145,7 +145,7 @@ def train(config: Config) -> Path:
             parameters = load_checkpoint(checkpoint_folder(run, validation.best_step), identity).parameters
         trained.load_trained(parameters)
         trained.export(run / "model")
-    after = evaluator(spread(trained, world), AFTER)
+    after = evaluator(spread(trained, world), AFTER, done if validation.best_step is None else validation.best_step)
     if world.first:
         plots = before_and_after(before, after, run)
         write_model_card(run / "model", config, store, before, after)

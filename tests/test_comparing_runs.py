@@ -21,6 +21,7 @@ from hbt_fast.evaluation.compare_report import latex, to_json, to_latex, to_mark
 from hbt_fast.evaluation.metrics import per_query, summarise
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks
+from hbt_fast.evaluation.report import write_report
 from hbt_fast.evaluation.resampling import Block, blocks_of, bootstrap, holm, randomisation, totals
 from hbt_fast.fonts import choose, fonts_for
 
@@ -308,12 +309,19 @@ def bitext(folder):
 
 def test_bitext_of_very_many_directions_is_compared_by_source(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hbt_fast.evaluation.bitext.MOST_QUERIES", 100)
-    files, _ = bitext(tmp_path)
+    files, results = bitext(tmp_path)
     assert program.main([*map(str, files), "--resamples", "100"]) == 0
     printed = capsys.readouterr().out
     assert "80 queries of 20 questions, 4 directions." in printed
-    assert "| de>* |" in printed
-    assert "## By group" not in printed
+    direction = dict(zip(zip(results.sources, results.targets, strict=True), results.measures["accuracy"], strict=True))
+    # Of "en" the other variety is no target
+    means = {"de": ("en", "en-GB", "yo"), "en": ("de", "yo")}
+    means = {code: np.mean([direction[code, target] for target in targets]) for code, targets in means.items()}
+    for code, mean in means.items():
+        assert re.search(rf"\| {code}>\* \| 0\.\d{{4}} \| ({mean:.4f})", printed), code
+    group = re.search(r"## By group.*?\| low: as source \| 0\.\d{4} \| (0\.\d{4})", printed, re.DOTALL)[1]
+    yo = np.mean([direction["yo", target] for target in ("de", "en", "en-GB")])
+    assert float(group) == pytest.approx((means["de"] + yo) / 2, abs=1e-4)
 
 
 def test_bitext_is_compared_into_and_out_of_english_too(tmp_path, capsys):
@@ -408,9 +416,9 @@ def test_run_folders_are_compared_with_their_learning_curves(tmp_path, capsys):
         lines += [{"evaluation": "after training", "mo": 0.3, "cr": 0.3, "mul": 0.3, "rank_distance": 7}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     curve = program.learning_curve(tmp_path / "mono")
-    assert [step for step, _ in curve] == [0, 2, 3]
-    assert "mul" not in curve[1][1]
-    figure = draw_curves(["mono", "hybrid"], [curve, []], "task")
+    assert [step for step, _ in curve[""]] == [0, 2, 3]
+    assert "mul" not in curve[""][1][1]
+    figure = draw_curves(["mono", "hybrid"], [curve, {}], "task")
     assert [panel.get_title(loc="left") for panel in figure.axes] == [
         "Mo",
         "Cr",
@@ -424,6 +432,21 @@ def test_run_folders_are_compared_with_their_learning_curves(tmp_path, capsys):
     before = [f"{name}/evaluation-before.json" for name in runs[:1]]
     assert program.main([*before, runs[0], "--resamples", "100"]) == 0
     assert "| evaluation-before |" in capsys.readouterr().out
+
+
+def test_evaluations_on_a_part_of_the_questions_are_not_joined_to_those_on_all(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in range(8)]
+    lines += [{"evaluation": "before training", "task": "whole", "mo": 0.1}]
+    lines += [{"evaluation": "during training", "step": step, "task": "part", "mo": step / 10} for step in (2, 4, 6)]
+    lines += [{"evaluation": "after training", "step": 4, "task": "whole", "mo": 0.3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    curve = program.learning_curve(tmp_path)
+    assert list(curve) == ["part", "whole"]
+    assert curve["part"] == [(2, {"mo": 0.2}), (4, {"mo": 0.4}), (6, {"mo": 0.6})]
+    assert curve["whole"] == [(0, {"mo": 0.1}), (4, {"mo": 0.3})]
+    drawn = draw_curves(["run"], [curve], "task").axes[0].lines
+    assert [line.get_linestyle() for line in drawn] == ["-", "None"]
+    assert [line.get_label() for line in drawn][:1] == ["run"]
 
 
 def test_names_come_from_paths_as_far_as_they_must(tmp_path):
@@ -515,6 +538,14 @@ def test_stars_follow_the_corrected_p_values_and_the_best_is_bold():
     assert re.search(r"\n  b & \\textbf\{0\.\d{4}\}\$\^\{\*\*\*\}\$ \\\\\n   & \{\\scriptsize \[0\.\d{4}, ", table)
 
 
+def test_names_with_dollars_are_no_formulas(files, tmp_path):
+    out = tmp_path / "out"
+    assert program.main([rf"$\foo$_{{={files[0]}", f"$x_{{$y={files[1]}", "--out", str(out), "--resamples", "100"]) == 0
+    assert (out / "heat-maps-difference.png").is_file()
+    results = replace(evaluated(0)[0], model="runs/$x_{$y")
+    assert write_report(results, tmp_path / "one.json")[-1].is_file()
+
+
 # Fonts
 
 
@@ -531,7 +562,7 @@ def test_characters_that_no_font_has_are_said_once(monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with fonts_for(["模型"]):
-            figure = draw_curves(["模型", "b"], [[(0, {"mo": 0.1}), (5, {"mo": 0.2})], []], "模型")
+            figure = draw_curves(["模型", "b"], [{"": [(0, {"mo": 0.1}), (5, {"mo": 0.2})]}, {}], "模型")
             figure.draw_without_rendering()
     assert len(caught) == 1
     assert re.search("no installed font has 2 of the characters .* 型 模", str(caught[0].message))

@@ -17,7 +17,7 @@ from hbt_fast.evaluation.lareqa import xquad_r
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.report import heat_map, language_bars, write_report
 from hbt_fast.evaluation.results import Results
-from hbt_fast.evaluation.run import EvaluationError, encode_distinct, evaluate
+from hbt_fast.evaluation.run import EvaluationError, encode_distinct, evaluate, unnamed_file
 
 
 @dataclass
@@ -204,6 +204,9 @@ def test_vectors_in_a_file_stay_in_one_where_texts_repeat(tmp_path):
     found = encode_distinct(Mapped(), ["a", "b", "a", "c"], "", "query", False)
     assert isinstance(found, np.memmap)
     np.testing.assert_array_equal(found[:, 0], [0, 4, 0, 8])
+    there = np.load(tmp_path / "v.npy", mmap_mode="c")
+    with pytest.raises(OSError, match=rf"No space left on device: 2048\.00 GiB more vectors: '{tmp_path}'"):
+        unnamed_file((2**31, 256), there)  # would kill the process once written to
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from hbt_fast.data.shares import BatchConfig
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World
 from hbt_fast.engine.progress import clock, log_line, negatives_per_query, phase_shares, short, tokens_of_all
-from hbt_fast.engine.runlog import AFTER, METRICS, RunLog, read_metrics
+from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, RunLog, read_metrics
 from hbt_fast.engine.track import Tracker, scalars
 from hbt_fast.run_page import write_page
 from hbt_fast.train import main
@@ -262,7 +262,8 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_without_duplicates(finished, 
         key = "step" if kind == "loss" else kind
         assert [r[key] for r in records(tmp_path / "run", kind)] == wanted
     when = [(r["evaluation"], r.get("step")) for r in records(tmp_path / "run", "evaluation")]
-    assert when == [("before training", None), ("during training", 4), ("during training", 8), (AFTER, None)]
+    exported = max(records(tmp_path / "run", "evaluation")[1:3], key=lambda r: r["mul"])["step"]
+    assert when == [("before training", None), ("during training", 4), ("during training", 8), (AFTER, exported)]
 
 
 def test_only_rank_0_has_a_tracker(tmp_path, monkeypatch):
@@ -401,9 +402,25 @@ def test_the_report_of_a_run_has_every_section_and_needs_nothing_else(finished):
     assert [name for name, _ in page.attributes if name in ("src", "href", "action") or name.startswith("on")] == []
     text = (finished.run / "report.html").read_text(encoding="utf-8")
     assert re.findall(r"https?:|url\(|@import", text) == []
-    best = max((r for r in records(finished.run, "evaluation") if "step" in r), key=lambda r: r["mul"])
+    best = max((r for r in records(finished.run, "evaluation") if r["evaluation"] == DURING), key=lambda r: r["mul"])
     assert f"best Mul: step {best['step']}" in page.text
     assert f"{best['step']} (best)" in page.text
+
+
+def test_a_line_that_was_cut_within_a_character_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes('{"step": 0}\n{"source": "中'.encode()[:-1])
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0}]
+
+
+def test_an_evaluation_of_another_task_is_no_part_of_the_curve(finished, tmp_path):
+    shutil.copytree(finished.run, tmp_path / "run")
+    made = read_metrics(finished.run / "metrics.jsonl")
+    before = next(r for r in made if r.get("evaluation") == BEFORE)
+    assert f"{before['mul']:.4f}" in page_of(finished.run).text.partition("Evaluations during training")[2]
+    before["task"] = "all questions"
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made), encoding="utf-8")
+    write_page(tmp_path / "run")
+    assert f"{before['mul']:.4f}" not in page_of(tmp_path / "run").text.partition("Evaluations during training")[2]
 
 
 def test_names_from_outside_are_escaped(finished):

@@ -149,6 +149,22 @@ def test_the_multilingual_pool_scores_as_hbt_fast_does(make_encoder):
     assert got["map_at_1000"] == pytest.approx(own.mul, abs=1e-4)
 
 
+def test_a_candidate_that_is_to_be_ignored_is_so_in_all_scores(make_encoder):
+    encoder, source = make_encoder(), task_from_rows("made-up", ROWS)
+    q_Nd, p_Md = encoder.encode(source.queries, "Query: "), encoder.encode(source.candidates, "Passage: ")
+    best_NM = np.argsort(-q_Nd @ p_Md.T, axis=1)
+    relevant = np.split(source.relevant, source.offsets[1:-1])
+    ignored = [next(c for c in best if c not in mine) for best, mine in zip(best_NM, relevant, strict=True)]
+    heeded = replace(source, ignored=np.array(ignored))
+    own = evaluate(encoder, heeded, **PROMPTS, log=None)
+    got = scores(MTEBSearch(encoder, **PROMPTS), MultilingualPoolRetrieval(heeded))["default"]
+    assert got["ndcg_at_10"] == pytest.approx(own.cutoffs["all"]["ndcg@10"], abs=1e-5)
+    assert got["mul_map"] == own.mul
+    assert got["map_at_1000"] == pytest.approx(own.mul, abs=1e-4)
+    names = {MultilingualPoolRetrieval(task).metadata.name for task in (source, heeded)}
+    assert len(names) == 2  # or what is kept of one would be shown of the other
+
+
 def test_other_models_of_mteb_run_on_the_multilingual_pool(make_encoder, tmp_path):
     library = pytest.importorskip("sentence_transformers")
     encoder, task = make_encoder(), MultilingualPoolRetrieval(task_from_rows("made-up", ROWS))

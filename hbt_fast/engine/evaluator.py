@@ -84,7 +84,7 @@ class Evaluator:
         Args:
             trained: towers that every rank has whole and alike, or an engine around them.
             when: BEFORE, DURING or AFTER training.
-            step: steps done, during training.
+            step: steps done; after training, those of the weights that are exported.
 
         Raises:
             EvaluationError: the encoder's vectors cannot be ranked.

@@ -153,15 +153,16 @@ class RunLog:
         }
 
     def evaluation(self, when: str, results: Results, step: int | None = None) -> None:
-        """An evaluation was made (during training: after `step` steps): a line in metrics.jsonl."""
+        """An evaluation was made, of the weights after `step` steps: a line in metrics.jsonl."""
         if not self.on:
             return
         values = {name: results.value(name) for name in METRICS}
         values = {name: None if math.isnan(value) else value for name, value in values.items()}
         seconds = round(sum(results.seconds.values()), 2)
-        self._append({"evaluation": when, **({} if step is None else {"step": step}), **values, "seconds": seconds})
+        at = {} if step is None else {"step": step}
+        self._append({"evaluation": when, **at, "task": results.task, **values, "seconds": seconds})
         values = {name: value for name, value in values.items() if value is not None}
-        if step is not None:
+        if when == DURING:
             for name, value in values.items():
                 self.writer.add_scalar(f"evaluation/{name}", value, step)
         if self.tracker:
@@ -221,9 +222,9 @@ def _last_steps(records: list[dict]) -> dict[str, int]:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl; a last line that a crash cut short, within a character too, is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -15,7 +15,7 @@ import torch
 
 from hbt_fast.evaluation.bitext_data import XTREME_36, BitextTask, load_bitext, n_way
 from hbt_fast.evaluation.bitext_neighbours import Neighbours, mutual_neighbours
-from hbt_fast.evaluation.bitext_report import MEASURES, BitextResults, macro_means
+from hbt_fast.evaluation.bitext_report import MEASURES, BitextResults, are_varieties, macro_means
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import full_precision
 from hbt_fast.evaluation.run import Clock, EvaluationError, TextEncoder, encode_distinct
@@ -171,11 +171,17 @@ def _summary(task: BitextTask, hits: dict[tuple[str, str], dict[str, np.ndarray]
 
 
 def _per_query(task: BitextTask, hits: dict[tuple[str, str], dict[str, np.ndarray]]) -> PerQuery:
-    """Hits line by line; of very many directions, the share of the targets that a line is right in."""
+    """Hits line by line; of very many directions, the share of the targets that a line is right in.
+
+    Another variety of the language is no target then, as in `macro_means`, unless there is no other.
+    """
     n_way = len(task.sentences) < 2 * len(task.pairs)  # lines of one number are translations in all files then
     if sum(len(found["accuracy"]) for found in hits.values()) > MOST_QUERIES and n_way:
-        grouped = {source: [found for (s, _), found in hits.items() if s == source] for source, _ in hits}
-        rows = {f"{s}>*": {m: np.mean([f[m] for f in found], axis=0) for m in MEASURES} for s, found in grouped.items()}
+        rows = {}
+        for source in dict.fromkeys(source for source, _ in hits):
+            found = {target: found for (s, target), found in hits.items() if s == source}
+            others = [x for target, x in found.items() if not are_varieties(source, target)] or list(found.values())
+            rows[f"{source}>*"] = {m: np.mean([x[m] for x in others], axis=0) for m in MEASURES}
     else:
         rows = {f"{source}>{target}": found for (source, target), found in hits.items()}
     ids, languages = [], []

@@ -14,6 +14,7 @@ import numpy as np
 from hbt_fast.evaluation.maps import BITEXT, heat_maps, new_figure, save, title_of
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.tables import markdown_table, nanmean
+from hbt_fast.fonts import fonts_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,7 +145,7 @@ class BitextResults:
             zip(self.sources, self.sentences, strict=True)
         )
         rows = [(i, language) for i, language in enumerate(self.languages) if self._many or language != self.pivot]
-        kin_LL = np.array([[_varieties(a, b) for b in self.languages] for a in self.languages])
+        kin_LL = np.array([[are_varieties(a, b) for b in self.languages] for a in self.languages])
         columns: dict[str, np.ndarray] = {}
         for name, values_LL in (("", accuracy_LL), (", margin", margin_LL)):
             if self.pivot is not None:
@@ -170,9 +171,10 @@ class BitextResults:
         paths[0].write_text(self.to_json(), encoding="utf-8")
         picture = f"\n![accuracy by languages]({paths[2].name})\n"
         paths[1].write_text(self.to_markdown() + picture, encoding="utf-8")
-        draw(self, paths[2])
         if self.queries is not None:
             paths.append(self.queries.write(out.with_suffix(".queries.npz")))
+        with fonts_for([self.task, self.model]):
+            draw(self, paths[2])
         return paths
 
 
@@ -206,7 +208,7 @@ def averaged_directions(
     """
     pivot = _pivot(sources, targets)
     source_D, target_D = np.array(sources), np.array(targets)
-    counts_D = np.array([not _varieties(s, t) for s, t in zip(sources, targets, strict=True)])
+    counts_D = np.array([not are_varieties(s, t) for s, t in zip(sources, targets, strict=True)])
     masks = {}
     if pivot is not None:
         masks |= {f"into {pivot}": target_D == pivot, f"out of {pivot}": source_D == pivot}
@@ -278,8 +280,13 @@ def _bars(axis: Axes, results: BitextResults) -> None:
         axis.spines[spine].set_visible(False)
 
 
-def _varieties(a: str, b: str) -> bool:
-    """Whether two codes are of one language, as en and en-GB."""
+def are_varieties(a: str, b: str) -> bool:
+    """Whether two codes are of one language, as en and en-GB.
+
+    Args:
+        a: a code.
+        b: another.
+    """
     return a.partition("-")[0] == b.partition("-")[0]
 
 

@@ -101,7 +101,7 @@ def _vectors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _shortened(vectors_nd: np.ndarray, dimensions: int) -> np.ndarray:
     """The first dimensions of every vector, normalised, in a file as the vectors are."""
-    out_nd = unnamed_file((len(vectors_nd), dimensions))
+    out_nd = unnamed_file((len(vectors_nd), dimensions), vectors_nd)
     for i in range(0, len(vectors_nd), ROWS):
         part_nd = torch.from_numpy(vectors_nd[i : i + ROWS, :dimensions])
         out_nd[i : i + ROWS] = torch.nn.functional.normalize(part_nd, dim=-1)

@@ -24,7 +24,7 @@ MARKERS = "osD^vPX*"
 NAMED = 40  # points that are named at most
 
 
-Curve = list[tuple[int, dict[str, float]]]  # steps done and the measures then, in order
+Curve = dict[str, list[tuple[int, dict[str, float]]]]  # task -> steps done and the measures then, in order
 
 
 def draw_all(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve], folder: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def draw_all(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve
     Args:
         comparison: of the runs.
         runs: R.
-        curves: R, evaluations during training; empty for what is not the folder of a training run.
+        curves: R, evaluations of training runs, see `compare.learning_curve`; empty for a result file alone.
         folder: to write to; it exists.
 
     Warns:
@@ -48,7 +48,7 @@ def draw_all(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve
             figures["heat-maps-difference"] = draw_pair_differences(comparison, rows, columns, cells_RXY)
         if "mul" in comparison.measures and "rank_distance" in comparison.measures:
             figures["rank-distance"] = draw_distances(comparison)
-        if any(len(curve) > 1 for curve in curves) and _measured(curves):
+        if any(len(points) > 1 for curve in curves for points in curve.values()) and _measured(curves):
             figures["learning-curves"] = draw_curves(comparison.names, curves, comparison.task)
         paths = []
         for name, figure in figures.items():
@@ -183,7 +183,7 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Fig
 
     Args:
         names: R.
-        curves: R; one of a single point is a dot.
+        curves: R; of each the first task is a line, another one marks without a line.
         task: its name.
     """
     from matplotlib.ticker import MaxNLocator
@@ -193,10 +193,13 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Fig
     panels = list(np.ravel(axes))
     for panel, m in zip(panels, there, strict=False):
         for run, (colour, name, curve) in enumerate(zip(_colours(len(names)), names, curves, strict=True)):
-            points = [(step, values[m]) for step, values in curve if m in values]
-            if points:
-                mark = MARKERS[run % len(MARKERS)]
-                panel.plot(*zip(*points, strict=True), f"{mark}-", color=colour, markersize=4, label=short(name))
+            mark, named = MARKERS[run % len(MARKERS)], {"color": colour, "label": short(name)}
+            for other, points in enumerate(curve.values()):
+                points = [(step, values[m]) for step, values in points if m in values]
+                style = {"linestyle": "none", "mfc": "white", "markersize": 6} if other else {"markersize": 4}
+                if points:
+                    panel.plot(*zip(*points, strict=True), marker=mark, **style, **named)
+                    named.pop("label", None)
         panel.set_title(label(m) + (", lower is better" if m == "rank_distance" else ""), loc="left", fontsize=10)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.grid(color="#e6eaef", linewidth=0.8)
@@ -205,14 +208,17 @@ def draw_curves(names: Sequence[str], curves: Sequence[Curve], task: str) -> Fig
         panel.remove()
     for panel in panels[max(len(there) - 2, 0) : len(there)]:
         panel.set_xlabel("training steps")
-    figure.suptitle(f"Evaluations during training, {task}", x=0.01, ha="left", fontsize=11)
+    title = f"Evaluations during training, {task}"
+    if any(len(curve) > 1 for curve in curves):
+        title += "\nlines: a part of the questions; hollow: all of them, before training and of what was exported"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     _legend(figure, panels[0], len(names))
     return figure
 
 
 def _measured(curves: Sequence[Curve]) -> list[str]:
     """What the evaluations over the steps are reported by."""
-    found = {name for curve in curves for _, values in curve for name in values}
+    found = {name for curve in curves for points in curve.values() for _, values in points for name in values}
     return [m for m in (PARALLEL if found & {"cr", "rank_distance"} else (*CUTOFFS, "mo")) if m in found]
 
 

@@ -72,7 +72,8 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def groups_of(runs: Sequence[Run], given: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
-    """The groups that means are compared of: languages; of bitext, directions into and out of English, and within.
+    """The groups that means are compared of: languages; of bitext, directions into and out of English, and within (of
+    very many directions, source languages).
 
     Args:
         runs: R.
@@ -90,8 +91,9 @@ def groups_of(runs: Sequence[Run], given: Mapping[str, Sequence[str]] | None = N
             raise CompareError(f"group {name!r}: no language {', '.join(unknown)}; there are {', '.join(there)}")
     if not directions[0][1]:
         return groups
-    if any(run.values is not None and sorted({*run.values.languages}) != run.languages for run in runs):
-        return {}  # so many directions that values are kept by source
+    if all(run.values is not None and set(run.values.languages) <= {f"{code}>*" for code in there} for run in runs):
+        # So many directions that values are kept by source.
+        return {f"{name}: as source": [f"{code}>*" for code in members] for name, members in groups.items()}
     masks = averaged_directions(*zip(*directions, strict=True), groups)
     named = {name: [first.languages[i] for i in np.flatnonzero(mask)] for name, mask in masks.items()}
     return {name: members for name, members in named.items() if members and name != "all directions"}
@@ -142,7 +144,7 @@ def check_values(runs: Sequence[Run], comparison: Comparison) -> list[str]:
                 )
             remarks.append(
                 f"{run.name}: {NAMES.get(measure, measure)} is {stated:.4f} as its result file averages, over language "
-                "pairs. The figure here is averaged question by question, and not every question is in every pair."
+                "pairs. Here it is averaged question by question, in groups too, and pairs need not weigh alike then."
             )
     return remarks
 

@@ -309,14 +309,14 @@ def best_by_id(
         query_ids: N ids.
         ids: (M,) object, ids of the candidates.
         scores: (N, k) float32, best first.
-        indices: (N, k) int64.
+        indices: (N, k) int64; -1: none.
 
     Returns:
         for each query id, candidate ids with scores, worst first; of candidates with the same id the best one.
     """
     return {
         # of the same id, what comes later stays
-        query: dict(zip(ids[best[::-1]].tolist(), score[::-1].tolist(), strict=True))
+        query: dict(zip(ids[best[best >= 0][::-1]].tolist(), score[best >= 0][::-1].tolist(), strict=True))
         for query, best, score in zip(query_ids, indices, scores, strict=True)
     }
 

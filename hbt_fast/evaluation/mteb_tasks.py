@@ -28,7 +28,7 @@ from hbt_fast.evaluation.bias import language_bias
 from hbt_fast.evaluation.metrics import per_query, summarise
 from hbt_fast.evaluation.mteb_adapter import MTEBEncoder, best_by_id
 from hbt_fast.evaluation.ranks import exact_ranks
-from hbt_fast.evaluation.search import search
+from hbt_fast.evaluation.run import search_without
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -134,7 +134,7 @@ class MultilingualPoolRetrieval(AbsTaskRetrieval):
             task, k = self.source, min(self._top_k, len(p_Md))
             languages = task.query_languages, task.candidate_languages
             ranks = exact_ranks(q_Nd, p_Md, *languages, task.offsets, task.relevant, ignored=task.ignored)
-            scores, indices = search(q_Nd, p_Md, k)
+            scores, indices = search_without(q_Nd, p_Md, k, task.ignored)
             bias = language_bias(indices[:, :10], task.query_languages, task.candidate_languages)
             results = summarise(ranks, task.name, measures=per_query(ranks, task.gains) | bias, gains=task.gains)
             ids = np.array(data_split["corpus"]["id"][:], dtype=object)
@@ -210,11 +210,12 @@ def _codes(languages: list[str], given: Mapping[str, str]) -> list[str]:
 def _digest(task: RetrievalTask) -> str:
     """A hash of all that scores depend on."""
     state = xxhash.xxh3_128()
-    for texts in (task.queries, task.query_languages, task.query_ids, task.candidates, task.candidate_languages):
+    ids = task.candidate_ids or []
+    for texts in (task.queries, task.query_languages, task.query_ids, task.candidates, task.candidate_languages, ids):
         for text in texts:
             raw = text.encode("utf-8", "surrogatepass")
             state.update(len(raw).to_bytes(8, "little") + raw)
-    for numbers in (task.offsets, task.relevant, task.gains):
+    for numbers in (task.offsets, task.relevant, task.gains, task.ignored):
         if numbers is not None:
             state.update(np.ascontiguousarray(numbers).tobytes())
     return state.hexdigest()

@@ -14,6 +14,7 @@ from hbt_fast.evaluation.maps import heat_maps, new_figure, save, short, title_o
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.results import NAMES, Results
 from hbt_fast.evaluation.tables import markdown_table
+from hbt_fast.fonts import fonts_for
 
 
 def write_report(
@@ -40,9 +41,12 @@ def write_report(
     what = "mAP by query and passage language" if results.parallel else "results by language"
     page += f"\n![{what}]({paths[2].name})\n"
     paths[1].write_text(page, encoding="utf-8")
+    if per_query is not None:
+        paths.append(per_query.write(out.with_suffix(".queries.npz")))
     draw = heat_map if results.parallel else language_bars
-    draw(results, paths[2], before)
-    return paths if per_query is None else [*paths, per_query.write(out.with_suffix(".queries.npz"))]
+    with fonts_for([results.task, results.model, before.model if before else ""]):
+        draw(results, paths[2], before)
+    return paths
 
 
 def comparison(before: Results, after: Results) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from tempfile import TemporaryFile
+from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,10 +110,9 @@ def measure(
         approximate = {}
         with clock.phase("search") as done:
             k = min(top_k if index == "flat" else max(top_k, 100), len(p_Md))
-            more = min(k + (task.ignored is not None), len(p_Md))
             # Ranks may run on a GPU that this FAISS cannot use: search falls back to the CPU by itself.
-            _, indices = search(q_Nd, p_Md, more, device="cpu" if device == "cpu" else "auto", index=index)
-            indices = _without(indices, task.ignored)[:, :k]
+            where = "cpu" if device == "cpu" else "auto"
+            _, indices = search_without(q_Nd, p_Md, k, task.ignored, device=where, index=index)
             measures |= language_bias(indices[:, :top_k], task.query_languages, task.candidate_languages)
             if index != "flat":
                 approximate = {f"all, by {index}": found_metrics(ranks, indices, task.gains)}
@@ -146,12 +148,28 @@ def _notes(task: RetrievalTask) -> list[str]:
     return notes
 
 
-def _without(indices: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
-    """(N, k) found candidates, of which the ignored one of each query (N,) makes room for those after it."""
+def search_without(
+    queries: np.ndarray, candidates: np.ndarray, k: int, ignored: np.ndarray | None, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """`search.search` for the best k, of which the ignored candidate of each query is not one.
+
+    Args:
+        queries: (N, d) float32.
+        candidates: (M, d) float32.
+        k: at most M.
+        ignored: (N,) int64; -1: none. None: nothing is.
+        options: of `search`.
+
+    Returns:
+        (N, k) float32 scores and int64 candidates; -1, with a score of minus infinity, where there are no more.
+    """
     if ignored is None:
-        return indices
-    left_Nk = np.where(indices == ignored[:, None], -1, indices)
-    return np.take_along_axis(left_Nk, np.argsort(left_Nk < 0, axis=1, kind="stable"), axis=1)
+        return search(queries, candidates, k, **options)
+    scores_Nk, found_Nk = search(queries, candidates, min(k + 1, len(candidates)), **options)
+    gone_Nk = (found_Nk == ignored[:, None]) | (found_Nk < 0)
+    order_Nk = np.argsort(gone_Nk, axis=1, kind="stable")[:, :k]
+    scores_Nk, found_Nk = np.where(gone_Nk, -np.inf, scores_Nk), np.where(gone_Nk, -1, found_Nk)
+    return np.take_along_axis(scores_Nk, order_Nk, axis=1), np.take_along_axis(found_Nk, order_Nk, axis=1)
 
 
 class Clock:
@@ -215,17 +233,27 @@ def _repeated(vectors: np.ndarray, rows: list[int]) -> np.ndarray:
     """vectors[rows]; where the vectors are a file, these are one too, without a name."""
     if not isinstance(vectors, np.memmap):
         return vectors[rows]
-    out = unnamed_file((len(rows), vectors.shape[1]))
+    out = unnamed_file((len(rows), vectors.shape[1]), vectors)
     for i in range(0, len(rows), ROWS):
         out[i : i + ROWS] = vectors[rows[i : i + ROWS]]
     return out
 
 
-def unnamed_file(shape: tuple[int, int]) -> np.memmap:
+def unnamed_file(shape: tuple[int, int], beside: np.memmap) -> np.memmap:
     """float32 zeros mapped from a file that has no name and goes with them.
 
     Args:
         shape: of the array.
+        beside: an array in a file, in whose folder there is room for another.
+
+    Raises:
+        OSError: there is none.
     """
-    with TemporaryFile() as file:
-        return np.memmap(file, np.float32, "w+", shape=shape)
+    folder, size = Path(beside.filename).parent if beside.filename else None, 4 * math.prod(shape)
+    with TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # or the process is killed where it writes to a full disk
+        except OSError as error:
+            where = folder or gettempdir()
+            raise OSError(error.errno, f"{error.strerror}: {size / 2**30:.2f} GiB more vectors", str(where)) from error
+        return np.memmap(file, np.float32, "r+", shape=shape)
