@@ -49,9 +49,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_encoder_arguments(parser, precision="fp32")  # figures are then the same on every machine
     tasks = ["xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank", "bitext", "jsonl"]
     parser.add_argument("--task", default="xquad-r", choices=tasks, help="default: xquad-r")
-    parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="folder (of jsonl: or file) of the task"
-    )
+    # No Path: that makes one slash of the two in zip://
+    data = "folder of the task; of jsonl also a file, a glob or zip://MEMBER::ARCHIVE"
+    parser.add_argument("--data", required=True, metavar="DIR", help=data)
     parser.add_argument("--split", help="of the judgements; default: the only one there is, else test, else dev")
     parser.add_argument("--query-prompt", help="default: the one recorded with the model, else 'Query: '")
     parser.add_argument("--passage-prompt", help="default: the one recorded with the model, else 'Passage: '")
@@ -116,12 +116,13 @@ def load_task(args: argparse.Namespace) -> RetrievalTask | BitextTask:
     Raises:
         DataError: its data cannot be read; names file and line.
     """
-    from hbt_fast.evaluation.load import load_retrieval, parse_groups
+    from hbt_fast.evaluation.load import load_retrieval, parse_groups, refuse_archive
 
-    languages = args.languages.split(",") if args.languages else None
+    languages = [code.strip() for code in args.languages.split(",")] if args.languages else None
     if args.task == "bitext":
         from hbt_fast.evaluation.bitext_data import load_bitext
 
+        refuse_archive(args.task, args.data)
         task = load_bitext(args.data, languages)
     else:
         options = {"split": args.split, "context": args.context, "languages": languages}
@@ -157,9 +158,11 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
 def _described(task: RetrievalTask | BitextTask) -> str:
     if not hasattr(task, "candidates"):
         return f"{task.name}: {len(task.pairs):,} pairs of languages"
-    left_out = f"; {task.left_out:,} queries have no relevant candidate and are left out" if task.left_out else ""
-    many = f"{len(task.queries):,} queries, {len(task.candidates):,} candidates, {task.languages}"
-    return f"{task.name}: {many}{left_out}"
+    described = f"{task.name}: {len(task.queries):,} queries, {len(task.candidates):,} candidates, {task.languages}"
+    if task.left_out:
+        described += f"; {task.left_out:,} queries have no relevant candidate (judged 0 or not at all, as those of "
+        described += "other splits) and are left out"
+    return described
 
 
 def _cached(encoder: Any, args: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""Claims about the layouts of BEIR, MIRACL, Mr. TyDi, mMARCO and own JSONL; what is wrong in them is named by line."""
+"""Claims about the layouts of BEIR, MIRACL, Mr. TyDi and mMARCO; what is wrong in them is named by line."""
 
 from __future__ import annotations
 
@@ -138,6 +138,9 @@ def test_mr_tydi(tmp_path, ir_format):
         ("qrels/test.tsv", "1\td1\t1\n1 d1\n", r"test\.tsv:2: \"query document gain\" or"),
         ("qrels/test.tsv", "1\td1\t1\n2\td1\tyes\n", r"test\.tsv:2: .* is needed, not '2\\td1\\tyes'"),
         ("qrels/test.tsv", "1\td1\t1\n2\td1\tnan\n", r"test\.tsv:2: "),
+        ("qrels/test.tsv", "1\td1\tinf\n2\td1\t1\n", r"test\.tsv:1: .*, the gain a number that 32 bits hold"),
+        ("qrels/test.tsv", "1\td1\t1\n2\td1\t1e39\n", r"test\.tsv:2: .*, the gain a number that 32 bits hold"),
+        ("qrels/test.tsv", "1\td1\t1\n2\td1\t1e-60\n", r"test\.tsv:2: .*, the gain a number that 32 bits hold"),
         ("qrels/test.tsv", "", r"test\.tsv: empty file"),
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n', r":2: id 'd1' occurs twice"),
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d2"', r"corpus\.jsonl:2: not JSON"),
@@ -341,6 +344,18 @@ def test_a_language_without_a_run_is_named(mmarco):
         reranking(mmarco)
 
 
+def test_mmarco_of_any_language(mmarco):
+    for path in [path for path in mmarco.rglob("*german*") if path.is_file()]:
+        path.rename(path.with_name(path.name.replace("german", "ukrainian")))
+    assert reranking(mmarco).languages == ["en", "uk"]
+
+
+def test_two_collections_of_one_language_are_refused(mmarco):
+    put(mmarco / "collections" / "de_collection.tsv", "1\tone\n")
+    with pytest.raises(DataError, match="de_collection and german_collection are of one language, de; keep one"):
+        reranking(mmarco)
+
+
 def test_a_split_has_its_whole_name(mmarco):
     task = reranking(mmarco)
     assert (task.name.split()[-1], task.left_out) == ("(dev.small)", 2)
@@ -356,73 +371,3 @@ def test_any_collection_with_a_run_can_be_reranked(scifact):
     task = reranking(scifact)
     assert pools(task) == [["d1", "d2"]]
     assert relevant(task) == {("1", "und"): {"Albedo is the measure": 2, "Only title": 1}}
-
-
-def test_own_jsonl_of_pairs(tmp_path):
-    put(tmp_path / "own.jsonl.gz", [
-        {"query": "a?", "passage": "A", "language": "en"},
-        {"query": "b?", "passage": "A", "language": "en"},
-        {"query": "c?", "passage": "A", "language": "de"},
-    ])  # fmt: skip
-    task = jsonl(tmp_path / "own.jsonl.gz")
-    assert relevant(task) == {
-        ("own.jsonl.gz:1", "en"): {"A": 1}, ("own.jsonl.gz:2", "en"): {"A": 1}, ("own.jsonl.gz:3", "de"): {"A": 1},
-    }  # fmt: skip
-    assert task.candidates == ["A", "A"]
-    assert jsonl(tmp_path / "own.jsonl.gz", ["de"]).queries == ["c?"]
-    put(tmp_path / "plain.jsonl", [{"query": "a?", "passage": "A"}])
-    assert jsonl(tmp_path / "plain.jsonl").languages == ["und"]
-
-
-def test_queries_without_an_id_are_told_apart_by_file_and_line(tmp_path):
-    lines = [{"query": f"q{i}", "passage": f"p{i}", "language": "en"} for i in range(4)]
-    put(tmp_path / "own" / "a.jsonl", [lines[0], {**lines[1], "id": 1}])
-    put(tmp_path / "own" / "b.jsonl", [{**lines[2], "language": "de"}])
-    put(tmp_path / "own" / "more" / "a.jsonl", [lines[3]])
-    assert jsonl(tmp_path / "own").query_ids == ["a.jsonl:1", "1", "b.jsonl:1", "more/a.jsonl:1"]
-    assert jsonl(tmp_path / "own" / "*.jsonl").query_ids == ["a.jsonl:1", "1", "b.jsonl:1"]
-
-
-def test_own_jsonl_with_judgements(tmp_path):
-    folder = tmp_path / "own"
-    put(folder / "passages.jsonl", [
-        {"passage": "P1", "id": "p1", "language": "en"}, {"passage": "P2", "id": 2, "language": "de"},
-        {"passage": "P3", "id": "p3", "language": "en"},
-    ])  # fmt: skip
-    put(folder / "questions.jsonl", [
-        {"query": "a?", "id": "q", "language": "en", "relevant": {"2": 3, "p1": 1, "p3": 0}},
-        {"query": "b?", "id": "q", "language": "de", "relevant": [2, "p1"]},
-        {"query": "c?", "id": "r", "language": "de", "relevant": []},
-    ])  # fmt: skip
-    task = jsonl(folder)
-    assert relevant(task) == {("q", "en"): {"P1": 1, "P2": 3}, ("q", "de"): {"P1": 1, "P2": 1}}
-    assert (task.left_out, task.candidates) == (1, ["P1", "P2", "P3"])
-    assert jsonl(folder, ["en"]).candidates == ["P1", "P3"]
-
-
-def test_n_way_training_data_are_a_task(tmp_path):
-    put(tmp_path / "n.jsonl", [{"query": {"en": "a", "de": "b"}, "passage": {"en": "A", "de": "B", "fr": "C"}}])
-    task = jsonl(tmp_path / "n.jsonl", ["en", "de"])
-    assert relevant(task) == {("0", "en"): {"A": 1, "B": 1}, ("0", "de"): {"A": 1, "B": 1}}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([{"passage": "P", "id": "p"}, {"query": "q", "relevant": ["x"]}], r":2: no passage has the id 'x'"),
-        ([{"passage": "P", "id": "p"}, {"passage": "Q", "id": "p"}], r':2: a passage needs an "id" of its own'),
-        ([{"passage": "P"}], r':1: a passage needs an "id" of its own, not None'),
-        ([{"passage": "P", "id": "p"}, {"query": "q"}], r':2: a query needs "relevant"'),
-        ([{"passage": "P", "id": "p"}, {"query": "q", "relevant": {"p": "high"}}], r':2: a query needs "relevant"'),
-        ([{"passage": "P", "id": "p"}, {"query": "q", "relevant": "p"}], r':2: a query needs "relevant"'),
-        ([{"passage": "P", "id": "p"}, {"question": "q"}], r':2: a line has a "query" or a "passage" or both'),
-        ([{"query": "q", "passage": ["P"]}], r':1: a line has a "query"'),
-        ([{"query": "q", "passage": "P", "id": 1}, {"query": "r", "passage": "P", "id": 1}], ":2: another query"),
-        ([{"passage": "P", "id": "p"}], "none of 0 queries has a relevant passage"),
-        ([{"query": "q", "relevant": ["p"]}], 'no line has a "passage"'),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_with_own_jsonl_is_named_by_line(tmp_path, lines, message):
-    put(tmp_path / "own.jsonl", lines)
-    with pytest.raises(DataError, match=message):
-        jsonl(tmp_path / "own.jsonl")

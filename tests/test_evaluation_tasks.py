@@ -112,6 +112,21 @@ def test_rows_become_a_task_with_parallel_answers():
         (lambda p: p["qas"][0]["answers"][0].update(answer_start=999), r"starts at 999, which is in no sentence"),
         (lambda p: p["qas"].append(copy.deepcopy(p["qas"][0])), r"question id 'q1' occurs twice"),
         (lambda p: p["qas"].clear(), r"no questions in it"),
+        (lambda p: p["qas"][1].pop("id"), r'paragraph 0, question 1: no "id" that is text; LAReQA files are'),
+        (lambda p: p["qas"][0].pop("question"), r"question 'q1': no \"question\" that is text"),
+        (lambda p: p["qas"].append("q3"), r"question 2: an object is needed, this is a str"),
+        (lambda p: p["qas"][0].pop("answers"), r"question 'q1': no \"answers\" that is a list"),
+        (
+            lambda p: p["qas"][0]["answers"][0].pop("answer_start"),
+            r"'q1', answer 0: no \"answer_start\" that is a number",
+        ),
+        (lambda p: p["qas"][0].update(answers=["t"]), r"question 'q1', answer 0: an object is needed"),
+        (lambda p: p.update(context=None), r'paragraph 0: no "context" that is text'),
+        (lambda p: p.update(qas={}), r'paragraph 0: no "qas" that is a list'),
+        (lambda p: p.update(sentences="one"), r'paragraph 0: no "sentences" that is a list of texts'),
+        (lambda p: p["sentences"].__setitem__(1, None), r"paragraph 0, sentence 1: a text and its \[begin, end\]"),
+        (lambda p: p["sentence_breaks"].__setitem__(2, [1]), r"paragraph 0, sentence 2: a text and its \[begin, end\]"),
+        (lambda p: p["sentence_breaks"].__setitem__(2, ["1", 2]), r"paragraph 0, sentence 2: a text and its"),
     ],
 )
 def test_bad_files_are_named(tmp_path, break_it, message):
@@ -119,6 +134,22 @@ def test_bad_files_are_named(tmp_path, break_it, message):
     break_it(content)
     with pytest.raises(DataError, match=message):
         xquad_r(write(tmp_path, en=content))
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ([], r"en\.json: an object is needed, this is a list"),
+        ({"data": {}}, r'en\.json: no "data" that is a list'),
+        ({"data": [{"paragraphs": []}, "t"]}, r"en\.json: article 1: an object is needed, this is a str"),
+        ({"data": [{"paragraphs": {}}]}, r'en\.json: article 0: no "paragraphs" that is a list'),
+        ({"data": [{"paragraphs": [[]]}]}, r"en\.json: article 0, paragraph 0: an object is needed, this is a list"),
+    ],
+)
+def test_what_is_no_article_or_paragraph_is_named(tmp_path, top, message):
+    (tmp_path / "en.json").write_text(json.dumps(top), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        xquad_r(tmp_path)
 
 
 def test_bad_folders_and_rows_are_named(tmp_path):
@@ -135,6 +166,10 @@ def test_bad_folders_and_rows_are_named(tmp_path):
         task_from_rows("empty", [])
     with pytest.raises(DataError, match=r"made\.jsonl:7: no passage"):
         task_from_rows("bad", [Row({"en": "q"}, {}, where="made.jsonl:7")])
+    with pytest.raises(DataError, match=r"made\.jsonl:7: empty text \(de\)"):
+        task_from_rows("bad", [Row({"en": "q", "de": " "}, {"en": "p"}, where="made.jsonl:7")])
+    with pytest.raises(DataError, match=r"row 1: empty text \(en\)"):
+        task_from_rows("bad", [Row({"en": "q"}, {"en": "p"}), Row({"en": "q"}, {"en": ""})])
 
 
 @pytest.mark.parametrize(

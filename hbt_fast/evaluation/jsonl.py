@@ -11,6 +11,7 @@ Or, where passages answer several questions, or none, lines of both kinds in any
     {"query": "Who wrote Faust?", "id": "q1", "language": "en", "relevant": {"p1": 2, "p7": 1}}
 
 Questions of one id are translations of each other. Gains (graded relevance) of 0 and below are not relevant.
+"query_language" and "passage_language" go before "language", as in training data.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import numpy as np
 from hbt_fast.data.formats import read_jsonl, records
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, expand
-from hbt_fast.evaluation.judged import Strict
-from hbt_fast.evaluation.layouts import UNKNOWN
-from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members, task_from_rows
+from hbt_fast.evaluation.judged import Strict, is_gain
+from hbt_fast.evaluation.layouts import UNKNOWN, chosen
+from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members, refuse_empty, task_from_rows
 
 
 class _Query(NamedTuple):
@@ -38,27 +39,35 @@ class _Query(NamedTuple):
 
 
 def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | None = None) -> RetrievalTask:
-    """The task of a file, a folder of files or a glob; .gz is read as such.
+    """The task of a file, a folder of files, a glob, or a member of an archive as zip://MEMBER::ARCHIVE; .gz is read.
 
     Args:
         path: of it. N-way training data ("query": {"en": .., "de": ..}) do too.
-        languages: keep only texts in these.
-        name: shown in reports; None: the file's name.
+        languages: keep only texts in these; None: all.
+        name: shown in reports; None: the file's (or member's) name.
 
     Raises:
-        DataError: names file and line.
+        DataError: names file and line, or the languages that there are.
     """
     files = expand(str(path))
-    name = name or Path(path).resolve().name
+    name = name or Path(str(path).partition("::")[0]).resolve().name
     first = next(records(files[0], Strict()), ("", {}))[1]
     if isinstance(first.get("query"), dict):
-        rows = read_jsonl(Source(path=str(path), format="jsonl"), Strict())
+        rows = list(read_jsonl(Source(path=str(path), format="jsonl"), Strict()))
+        _check_languages(path, languages, {code for row in rows for code in (*row.queries, *row.passages)})
         return task_from_rows(name, _in_languages(rows, languages))
     here = Path(path).expanduser()
     passages, queries = _read(files, here if here.is_dir() else None)
     if not passages:
         raise DataError(f'{path}: no line has a "passage", so there is nothing to find')
+    there = {language for _, language in passages.values()} | {query.language for query in queries}
+    _check_languages(path, languages, there)
     return _task(name, passages, queries, languages)
+
+
+def _check_languages(path: str | Path, languages: Sequence[str] | None, there: Iterable[str]) -> None:
+    """Languages that are there in texts of one side alone are there: a query may have its answers in others."""
+    chosen(path, dict.fromkeys(there), languages)
 
 
 def _in_languages(rows: Iterable[Row], languages: Sequence[str] | None) -> Iterator[Row]:
@@ -76,16 +85,19 @@ def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[st
     passages, queries, seen = {}, [], set()
     for where, record in (pair for file in files for pair in records(file, Strict())):
         there = [kind for kind in ("query", "passage") if kind in record]
-        language, key = record.get("language", UNKNOWN), record.get("id")
-        if not there or not all(isinstance(record[kind], str) for kind in there) or not isinstance(language, str):
+        codes = {kind: record.get(f"{kind}_language") or record.get("language") or UNKNOWN for kind in there}
+        if not there or not all(isinstance(text, str) for kind in there for text in (record[kind], codes[kind])):
             raise DataError(
                 f'{where}: a line has a "query" or a "passage" or both, and a "language", all text; the fields are '
                 f"{', '.join(record) or 'none'}"
             )
+        for kind in there:
+            refuse_empty(record[kind], codes[kind], where)
+        key, language = record.get("id"), codes.get("query")
         if there == ["passage"]:
             if not isinstance(key, str | int) or str(key) in passages:
                 raise DataError(f'{where}: a passage needs an "id" of its own, not {key!r}')
-            passages[str(key)] = record["passage"], language
+            passages[str(key)] = record["passage"], codes["passage"]
             continue
         if key is None:  # equal wherever the data lie, and no other query's
             key = Path(where).name if folder is None else Path(where).relative_to(folder).as_posix()
@@ -94,8 +106,8 @@ def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[st
             raise DataError(f"{where}: another query before has the id {key!r}; only translations share one")
         seen.add((key, language))
         if len(there) == 2:
-            answer = f"{language}\t{record['passage']}"  # equal texts are one candidate
-            passages[answer] = record["passage"], language
+            answer = f"{codes['passage']}\t{record['passage']}"  # equal texts are one candidate
+            passages[answer] = record["passage"], codes["passage"]
         gains = {answer: 1.0} if len(there) == 2 else _gains(record, where)
         queries.append(_Query(where, record["query"], language, key, gains))
     return passages, queries
@@ -107,6 +119,9 @@ def _gains(record: dict[str, Any], where: str) -> dict[str, float]:
         relevant = dict.fromkeys(relevant, 1) if all(isinstance(key, str | int) for key in relevant) else None
     if not isinstance(relevant, dict) or not all(isinstance(gain, int | float) for gain in relevant.values()):
         raise DataError(f'{where}: a query needs "relevant", a list of ids of passages, or {{id: gain}}')
+    bad = next((gain for gain in relevant.values() if not is_gain(gain)), None)
+    if bad is not None:
+        raise DataError(f"{where}: {bad} is no gain; write a number that 32 bits hold, or 0 for what is not relevant")
     return {str(key): gain for key, gain in relevant.items() if gain > 0}
 
 

@@ -9,7 +9,6 @@ else that does not fit together is an error that names file and line.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members
 
 _IDS = ("_id", "docid", "id", "query_id", "qid", "pid", "corpus-id", "query-id")
 _TEXTS = ("text", "contents", "query", "passage")
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ def _qrels(path: Path) -> Iterator[tuple[str, str, str, float]]:
         gain = _number(cells[-1])
         if number == 1 and len(cells) == 3 and gain is None:
             continue  # query-id corpus-id score
-        if len(cells) not in (3, 4) or gain is None:
+        if len(cells) not in (3, 4) or gain is None or not is_gain(gain):
             raise DataError(
-                f'{path}:{number}: "query document gain" or "query 0 document gain" is needed, not {line[:60]!r}'
+                f'{path}:{number}: "query document gain" or "query 0 document gain", the gain a number that 32 bits '
+                f"hold, is needed, not {line[:60]!r}"
             )
         yield f"{path}:{number}", cells[0], cells[-2], gain
 
@@ -183,10 +184,18 @@ def _cells(line: str) -> list[str]:
 
 def _number(text: str) -> float | None:
     try:
-        number = float(text)
+        return float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+
+
+def is_gain(number: float) -> bool:
+    """Whether a task, which holds gains as float32, can hold it: not NaN, not infinite, nor 0 only there.
+
+    Args:
+        number: how relevant a document is, perhaps 0 or below.
+    """
+    return abs(number) <= _MOST and not 0 < number < _LEAST
 
 
 def refuse_unknown_in_qrels(

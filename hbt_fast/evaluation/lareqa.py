@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from hbt_fast.data.rows import DataError
 from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members
+
+_FORMAT = 'LAReQA files are SQuAD JSON with "sentences" and "sentence_breaks"'
 
 
 def xquad_r(folder: str | Path, context: bool = False, languages: Sequence[str] | None = None) -> RetrievalTask:
@@ -23,7 +26,7 @@ def xquad_r(folder: str | Path, context: bool = False, languages: Sequence[str] 
         languages: load these only; None: every file in the folder.
 
     Raises:
-        DataError: naming file and question.
+        DataError: naming file, paragraph and question.
     """
     return _lareqa("xquad-r", Path(folder), context, languages, complete=True)
 
@@ -54,11 +57,13 @@ def _lareqa(
             # Equal sentences stay separate candidates, as in LAReQA: only so does XQuAD-R have its 13,014.
             candidates += [f"{sentence}\n{text}" if context else sentence for sentence in sentences]
             candidate_languages += [language] * len(sentences)
-            for qa in paragraph["qas"]:
-                if qa["id"] in questions[language]:
-                    raise DataError(f"{where}: question id {qa['id']!r} occurs twice in this file")
-                questions[language][qa["id"]] = qa["question"]
-                answers.setdefault(qa["id"], {})[language] = first + _answer_sentence(qa, breaks, where)
+            for number, qa in enumerate(paragraph["qas"]):
+                key = str(_field(f"{where}, question {number}", qa, "id", str | int, "text"))
+                if key in questions[language]:
+                    raise DataError(f"{where}: question id {key!r} occurs twice in this file")
+                here = f"{where}, question {key!r}"
+                questions[language][key] = _field(here, qa, "question", str, "text")
+                answers.setdefault(key, {})[language] = first + _answer_sentence(qa, breaks, here)
         if not questions[language]:
             raise DataError(f"{file}: no questions in it")
     if complete:
@@ -95,30 +100,41 @@ def _language_files(folder: Path, languages: Sequence[str] | None) -> dict[str, 
 
 
 def _paragraphs(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yields (where, paragraph) with the keys that LAReQA adds to SQuAD checked."""
+    """Yields (where, paragraph) with what SQuAD and LAReQA have of a paragraph, but for its questions, checked."""
     try:
-        articles = json.loads(file.read_text(encoding="utf-8-sig"))["data"]
+        top = json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not valid JSON ({error})") from error
-    except (KeyError, TypeError) as error:
-        raise DataError(f'{file}: not SQuAD JSON, the top level needs a "data" list') from error
-    for a, article in enumerate(articles):
-        for p, paragraph in enumerate(article.get("paragraphs", [])):
+    for a, article in enumerate(_field(f"{file}", top, "data", list, "a list")):
+        for p, paragraph in enumerate(_field(f"{file}: article {a}", article, "paragraphs", list, "a list")):
             where = f"{file}: article {a}, paragraph {p}"
-            for key in ("context", "qas", "sentences", "sentence_breaks"):
-                if key not in paragraph:
-                    raise DataError(
-                        f'{where}: no "{key}"; LAReQA files are SQuAD JSON with "sentences" and "sentence_breaks"'
-                    )
+            _field(where, paragraph, "context", str, "text")
+            _field(where, paragraph, "qas", list, "a list")
+            sentences = _field(where, paragraph, "sentences", list, "a list of texts")
+            breaks = _field(where, paragraph, "sentence_breaks", list, "a list of [begin, end]")
+            for number, (sentence, ends) in enumerate(zip(sentences, breaks, strict=False)):
+                pair = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int) for end in ends)
+                if not isinstance(sentence, str) or not pair:
+                    raise DataError(f"{where}, sentence {number}: a text and its [begin, end] are needed; {_FORMAT}")
             yield where, paragraph
+
+
+def _field(where: str, record: Any, name: str, kind: type | UnionType, what: str) -> Any:
+    """What a record of a file has under a name, seen to be of the kind that it must be."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: an object is needed, this is a {type(record).__name__}; {_FORMAT}")
+    if not isinstance(record.get(name), kind):
+        raise DataError(f'{where}: no "{name}" that is {what}; {_FORMAT}')
+    return record[name]
 
 
 def _answer_sentence(qa: dict[str, Any], breaks: list[list[int]], where: str) -> int:
     """The sentence in which the answer starts (an answer may run over its end; LAReQA goes by the start)."""
-    if not qa.get("answers"):
-        raise DataError(f"{where}: question {qa['id']!r} has no answer")
-    start = qa["answers"][0]["answer_start"]
+    answers = _field(where, qa, "answers", list, "a list")
+    if not answers:
+        raise DataError(f"{where} has no answer")
+    start = _field(f"{where}, answer 0", answers[0], "answer_start", int, "a number")
     for number, (begin, end) in enumerate(breaks):
         if begin <= start < end:
             return number
-    raise DataError(f"{where}: the answer of question {qa['id']!r} starts at {start}, which is in no sentence")
+    raise DataError(f"{where}: its answer starts at {start}, which is in no sentence")

@@ -7,8 +7,10 @@ Names decide, of a file or of the folder that it is in: ``corpus*``, ``docs*`` o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from hbt_fast.data.rows import DataError
 
@@ -20,13 +22,8 @@ KINDS = {
 }
 ENDINGS = (".jsonl", ".json", ".tsv", ".txt", ".trec")
 UNKNOWN = "und"  # ISO 639's code for a language that nobody named
-# Mr. TyDi and mMARCO write names instead of codes.
-CODES = {
-    "arabic": "ar", "bengali": "bn", "chinese": "zh", "dutch": "nl", "english": "en", "finnish": "fi", "french": "fr",
-    "german": "de", "hindi": "hi", "indonesian": "id", "italian": "it", "japanese": "ja", "korean": "ko",
-    "portuguese": "pt", "russian": "ru", "spanish": "es", "swahili": "sw", "telugu": "te", "thai": "th",
-    "vietnamese": "vi",
-}  # fmt: skip
+NAMES = {"bengali": "bn"}  # Babel calls it Bangla
+T = TypeVar("T")
 _SPLITS = ("train", "dev", "test", "testA", "testB", "validation")
 
 
@@ -41,7 +38,7 @@ def files_by_kind(folders: Sequence[Path]) -> dict[str, list[Path]]:
     for folder in folders:
         whole = _is_collection(folder)
         for kind, path in _named(folder):
-            if not whole or _is_in(path, folder) or not _code(path.parent.name):
+            if not whole or _is_in(path, folder) or not language_code(path.parent.name):
                 found[kind].append(path)
     return {kind: sorted(paths, key=lambda p: (len(p.name), p)) for kind, paths in found.items()}
 
@@ -59,6 +56,12 @@ def _named(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _is_collection(folder: Path) -> bool:
     return {"corpus", "qrels"} <= {kind for kind, path in _named(folder) if _is_in(path, folder)}
+
+
+def _has_collection(folder: Path) -> bool:
+    """The same, but its files may lie in a folder of any other name too, if no language is called so."""
+    own = (kind for kind, path in _named(folder) if _is_in(path, folder) or not language_code(path.parent.name))
+    return {"corpus", "qrels"} <= set(own)
 
 
 def _is_in(path: Path, folder: Path) -> bool:
@@ -80,12 +83,13 @@ def language_folders(folder: Path, languages: Sequence[str] | None) -> dict[str,
 
     Args:
         folder: holds a corpus and qrels itself, and is then of the one language named or of an unknown one; or
-            folders, one or more per language, whose names are its code or end in it: sw, miracl-v1.0-sw,
-            miracl-corpus-v1.0-sw, mrtydi-v1.1-swahili.
+            folders, one or more per language, whose names are its code or English name or end in it: sw, swahili,
+            miracl-v1.0-sw, miracl-corpus-v1.0-sw, mrtydi-v1.1-swahili.
         languages: keep these only; None: all.
 
     Raises:
-        DataError: no such folder, nothing in it, or not these languages.
+        DataError: no such folder, nothing in it, not these languages, two collections of one language, or a collection
+            in a folder that no language is called by.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold corpus, queries and qrels, or a folder per language")
@@ -93,7 +97,7 @@ def language_folders(folder: Path, languages: Sequence[str] | None) -> dict[str,
     if not found and files_by_kind([folder])["qrels"]:
         if languages and len(languages) > 1:
             raise DataError(f"{folder}: holds one collection, so one language can be named, not {', '.join(languages)}")
-        return {languages[0] if languages else _code(folder.resolve().name) or UNKNOWN: [folder]}
+        return {languages[0] if languages else language_code(folder.resolve().name) or UNKNOWN: [folder]}
     if not found:
         raise DataError(
             f"{folder}: no corpus, queries and qrels in it, and no folder per language that has them; the names must "
@@ -105,25 +109,58 @@ def language_folders(folder: Path, languages: Sequence[str] | None) -> dict[str,
 
 def _per_language(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_dir() and not kind_of(p.name)):
-        if (code := _code(path.name)) and any(files_by_kind([path]).values()):
-            found.setdefault(code, []).append(path)
+    nameless = []
+    for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if kind_of(path.name):
+            continue
+        if code := language_code(path.name):
+            if any(files_by_kind([path]).values()):
+                found.setdefault(code, []).append(path)
+        elif _has_collection(path):
+            nameless.append(path.name)
+    if nameless:  # as of CQADupStack: a figure over those that happen to be called as a language would pass for all
+        raise DataError(
+            f"{folder}: holds collections in {', '.join(nameless)}, which are no names of languages; name the folder "
+            "of a language by its code, as sw, move away what is no part of the task, or give the folder of one "
+            "collection"
+        )
+    for language, paths in found.items():
+        judged = [path.name for path in paths if files_by_kind([path])["qrels"]]
+        if len(judged) > 1:
+            raise DataError(
+                f"{folder}: {' and '.join(judged)} hold qrels of one language, {language}; keep one of them"
+            )
     return {language: paths for language, paths in found.items() if files_by_kind(paths)["qrels"]}
 
 
-def _code(name: str) -> str | None:
-    """The language that a folder is called by."""
+def language_code(name: str) -> str | None:
+    """The language that a folder or file is called by; None if by none.
+
+    Args:
+        name: a code, or English name, perhaps with what MIRACL and Mr. TyDi put before it. A code comes first: "ga" is
+            Irish, not the language Ga.
+    """
     import langcodes
 
     name = re.sub(r"^(miracl(-corpus)?|mrtydi)-v[\d.]+-", "", name)
-    return CODES.get(name, name if langcodes.tag_is_valid(name) else None)
+    return name if langcodes.tag_is_valid(name) else _names().get(re.sub("[_-]", " ", name.lower()))
 
 
-def chosen(folder: Path, found: dict[str, list[Path]], languages: Sequence[str] | None) -> dict[str, list[Path]]:
+@cache
+def _names() -> dict[str, str]:
+    """English name of a language, in small letters -> its code; Mr. TyDi and mMARCO write names."""
+    from babel import Locale
+
+    no_language = ("mul", "und", "zxx")
+    found = {name.lower(): code for code, name in Locale("en").languages.items() if code not in no_language}
+    return {name: code.replace("_", "-") for name, code in found.items()} | NAMES
+
+
+def chosen(folder: str | Path, found: Mapping[str, T], languages: Sequence[str] | None) -> dict[str, T]:
     """Those of the wanted languages.
 
     Args:
-        folder: named where one is missing.
+        folder: or file, named where one is missing.
         found: by language.
         languages: that are wanted; None: all.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def load_retrieval(
 
     Args:
         task: "xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank" or "jsonl".
-        data: its folder, or the file of jsonl.
+        data: its folder; of jsonl also a file, a glob or zip://MEMBER::ARCHIVE.
         split: of the judgements, where there are several; see `layouts`.
         context: xquad-r and mlqa-r: candidates are sentence and paragraph.
         languages: of these alone; None: of all.
@@ -29,6 +30,8 @@ def load_retrieval(
     Raises:
         DataError: the data cannot be read; names file and line.
     """
+    if task != "jsonl":
+        refuse_archive(task, data)
     if task in ("xquad-r", "mlqa-r"):
         from hbt_fast.evaluation import lareqa
 
@@ -47,6 +50,20 @@ def load_retrieval(
     return beir(data, split, languages)
 
 
+def refuse_archive(task: str, data: str | Path) -> None:
+    """See that a task that is made of a folder gets one.
+
+    Args:
+        task: its name.
+        data: what was given.
+
+    Raises:
+        DataError: it is zip://MEMBER::ARCHIVE.
+    """
+    if "::" in str(data):
+        raise DataError(f"{data}: {task} is read from a folder; unpack the archive and give its folder")
+
+
 def parse_groups(text: str) -> dict[str, list[str]]:
     """Groups of languages from the command line.
 
@@ -54,17 +71,22 @@ def parse_groups(text: str) -> dict[str, list[str]]:
         text: "low=sw,yo;high=en,de", or the path of a YAML or JSON file {low: [sw, yo], high: [en, de]}.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or two groups have one name.
     """
     if text.endswith((".json", ".yaml", ".yml")):
         import yaml
 
         try:
-            found = yaml.safe_load(Path(text).read_text(encoding="utf-8"))  # JSON is YAML
+            content = Path(text).read_text(encoding="utf-8")  # JSON is YAML
+            # All is text: elsewhere in YAML "no", which is Norwegian, is false, and 2024 is no name.
+            found = yaml.load(content, yaml.BaseLoader)
+            node = yaml.compose(content, yaml.BaseLoader)  # still has names that are written twice
+            names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise DataError(f"--groups {text}: {error}") from error
     else:
         pairs = [part.partition("=") for part in text.split(";") if part.strip()]
+        names = [name.strip() for name, _, _ in pairs]
         found = {name.strip(): [code.strip() for code in codes.split(",")] for name, _, codes in pairs}
     lists = list(found.values()) if isinstance(found, dict) else []
     if not lists or not all(
@@ -73,4 +95,7 @@ def parse_groups(text: str) -> dict[str, list[str]]:
         raise DataError(
             f'--groups {text}: write "low=sw,yo;high=en,de", or a file with {{low: [sw, yo], high: [en, de]}}'
         )
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"--groups {text}: two groups are called {twice!r}; give each a name of its own")
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from hbt_fast.data.rows import DataError
 from hbt_fast.evaluation.beir import beir, read_part
 from hbt_fast.evaluation.judged import judged_task
-from hbt_fast.evaluation.layouts import CODES, chosen, of_split, queries_of_split
+from hbt_fast.evaluation.layouts import chosen, language_code, of_split, queries_of_split
 from hbt_fast.evaluation.tasks import RetrievalTask
 
 
@@ -39,7 +39,12 @@ def reranking(
     named: dict[str, str] = {}
     for path in files:
         if match := re.match(r"(.+)_collection\b", path.name):
-            named[CODES.get(match[1], match[1])] = match[1]
+            code = language_code(match[1]) or match[1]
+            if named.setdefault(code, match[1]) != match[1]:
+                raise DataError(
+                    f"{folder}: {named[code]}_collection and {match[1]}_collection are of one language, {code}; keep "
+                    "one of them"
+                )
     if not named:
         return beir(folder, split, languages, name, rerank=True)
     qrels, found = of_split([p for p in files if p.name.startswith("qrels")], split, "qrels", folder)

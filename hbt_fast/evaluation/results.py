@@ -121,7 +121,8 @@ class Results:
         n = len(self.languages)
         said = f"{self.queries:,} queries, {self.candidates:,} candidates, {n} language{'s' * (n > 1)}."
         if self.left_out:
-            said += f" {self.left_out:,} further queries have no relevant candidate and are left out."
+            said += f" {self.left_out:,} further queries have no relevant candidate (judged 0 or not at all, as those "
+            said += "of other splits) and are left out."
         single = n == 1 and not self.parallel
         parts = [
             f"# {self.model or 'model'} on {self.task}",

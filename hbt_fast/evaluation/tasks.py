@@ -33,7 +33,7 @@ class RetrievalTask:
         groups: name of a group of languages -> its query languages, over which macro averages are made too.
         pools: of a re-ranking task: offsets (N + 1,) int64 and candidates (P,) int64. Query i re-ranks
             ``pools[1][pools[0][i]:pools[0][i + 1]]``, which need not hold its relevant candidates.
-        left_out: number of queries that the data have, but no relevant candidate for.
+        left_out: number of queries that the data have, but no relevant candidate for; those of other splits count.
         missing: number of judgements that the data have, but no candidate for.
         ignored: (N,) int64 the candidate that is left out of each query's ranking, as its own text; -1: none. None:
             nothing is, for any query.
@@ -194,13 +194,16 @@ def task_from_rows(name: str, rows: Iterable[Row]) -> RetrievalTask:
     Relevant are the passages of the query's own row, in every language that has one. Hard negatives are not used.
 
     Raises:
-        DataError: no rows, or a row without passages (named by its `where`).
+        DataError: no rows, or a row without passages or with an empty text (named by its `where`).
     """
     queries, query_languages, query_ids, relevant = [], [], [], []
     index: dict[tuple[str, str | None, str], int] = {}
     for number, row in enumerate(rows):
+        where = row.where or f"row {number}"
         if not row.passages:
-            raise DataError(f"{row.where or f'row {number}'}: no passage, so nothing can be relevant to its query")
+            raise DataError(f"{where}: no passage, so nothing can be relevant to its query")
+        for language, text in (*row.queries.items(), *row.passages.items()):
+            refuse_empty(text, language, where)
         own = [index.setdefault((lang, row.content, text), len(index)) for lang, text in row.passages.items()]
         for language, text in row.queries.items():
             queries.append(text)
@@ -218,6 +221,21 @@ def task_from_rows(name: str, rows: Iterable[Row]) -> RetrievalTask:
         [key[0] for key in index],
         *offsets_and_members(relevant),
     )
+
+
+def refuse_empty(text: str, language: str, where: str) -> None:
+    """See that a text is one, as training does: an empty one would be found by its place among equal vectors.
+
+    Args:
+        text: of a query or a passage.
+        language: of the text.
+        where: "file:line".
+
+    Raises:
+        DataError: there is nothing in it.
+    """
+    if not text.strip():
+        raise DataError(f"{where}: empty text ({language}); write it, or leave it out")
 
 
 def _kept(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
