@@ -58,7 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hbt_fast.data.rows import DataError
     from hbt_fast.evaluation.compare import CompareError, compare_runs
     from hbt_fast.evaluation.compare_report import to_markdown
-    from hbt_fast.evaluation.compared import check_values, figures_only, groups_of, read_runs, without_values
+    from hbt_fast.evaluation.compared import (
+        check_values,
+        figures_only,
+        groups_of,
+        other_settings,
+        read_runs,
+        without_values,
+    )
     from hbt_fast.evaluation.load import parse_groups
 
     try:
@@ -72,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = {"resamples": args.resamples, "level": args.level, "seed": args.seed, "groups": groups}
             comparison = compare_runs(names, values, **options)
             remarks = check_values(runs, comparison)
+        remarks += other_settings(runs)
         print(to_markdown(comparison, remarks))
         if args.out:
             print("wrote " + ", ".join(map(str, write(args.out, comparison, runs, remarks))))

@@ -143,12 +143,15 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
         task = load_task(args)
         before = _read_before(args.before, task) if args.before else None
         print(_described(task))
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
         encoder = load(args, device)
+        settings = _settings(encoder, args)
         prompts, lines = choose_prompts(args)
         print("\n".join(lines))
         encoder = _cached(encoder, args)
         run = _bitext if args.task == "bitext" else _retrieval
-        run(args, encoder, task, prompts, before)
+        run(args, encoder, task, prompts, settings, before)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -175,9 +178,18 @@ def _cached(encoder: Any, args: argparse.Namespace) -> Any:
     return CachedEncoder(encoder, folder, args.dimensions)
 
 
+def _settings(encoder: Any, args: argparse.Namespace) -> dict[str, str | int]:
+    """What figures depend on besides model, task and prompts."""
+    known = {name: getattr(encoder, name) for name in ("pooling", "max_length") if hasattr(encoder, name)}
+    dimensions = args.dimensions or getattr(encoder, "dimension", None)
+    found = {"precision": args.precision, **known, "dimensions": dimensions, "index": args.index}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _retrieval(
-    args: argparse.Namespace, encoder: Any, task: RetrievalTask, prompts: tuple[str, str], before: Results | None
-) -> None:
+    args: argparse.Namespace, encoder: Any, task: RetrievalTask, prompts: tuple[str, str],
+    settings: dict[str, str | int], before: Results | None,
+) -> None:  # fmt: skip
     from hbt_fast.evaluation.report import comparison, write_report
     from hbt_fast.evaluation.run import measure
 
@@ -185,6 +197,7 @@ def _retrieval(
         encoder, task, *prompts, model=str(args.model), device=args.device, index=args.index or "flat",
         progress=sys.stderr.isatty(),
     )  # fmt: skip
+    results = replace(results, settings=settings)
     print(f"\n{results.to_markdown()}")
     if before is not None:
         print(comparison(before, results))
@@ -193,13 +206,17 @@ def _retrieval(
         print("wrote " + ", ".join(map(str, write_report(results, args.out, before, per_query))))
 
 
-def _bitext(args: argparse.Namespace, encoder: Any, task: BitextTask, prompts: tuple[str, str], _: None) -> None:
+def _bitext(
+    args: argparse.Namespace, encoder: Any, task: BitextTask, prompts: tuple[str, str],
+    settings: dict[str, str | int], _: None,
+) -> None:  # fmt: skip
     from hbt_fast.evaluation.bitext import evaluate_bitext
 
     results = evaluate_bitext(
         encoder, task, prompts[0], target_prompt=prompts[1], model=str(args.model), device=args.device,
         progress=sys.stderr.isatty(),
     )  # fmt: skip
+    results = replace(results, settings=settings)
     print(f"\n{results.to_markdown()}")
     print(results.headline())
     if args.out:

@@ -538,6 +538,18 @@ def test_stars_follow_the_corrected_p_values_and_the_best_is_bold():
     assert re.search(r"\n  b & \\textbf\{0\.\d{4}\}\$\^\{\*\*\*\}\$ \\\\\n   & \{\\scriptsize \[0\.\d{4}, ", table)
 
 
+def test_settings_that_differ_are_remarked(tmp_path, capsys):
+    files = []
+    for seed, (name, length) in enumerate([("a", 512), ("b", 256)]):
+        results, values = evaluated(seed)
+        settings = {"precision": "fp32", "max_length": length} | ({"index": "flat"} if seed else {})
+        files.append(write(tmp_path, name, replace(results, settings=settings), values))
+    assert program.main([*files, "--resamples", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Evaluated with another") == 1
+    assert "Evaluated with another max_length: a 512, b 256." in printed
+
+
 def test_names_with_dollars_are_no_formulas(files, tmp_path):
     out = tmp_path / "out"
     assert program.main([rf"$\foo$_{{={files[0]}", f"$x_{{$y={files[1]}", "--out", str(out), "--resamples", "100"]) == 0

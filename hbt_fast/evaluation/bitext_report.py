@@ -39,6 +39,7 @@ class BitextResults:
             same within groups), each by measure. Directions between varieties of one language (en, en-GB) are in none.
         groups: languages by the name of their group.
         prompts: what was put before sources and targets.
+        settings: of the encoder, such as precision and max_length.
         seconds: wall time by phase; "products" is that part of "search" which no exact search can do without.
         queries: every sentence's hits, for tests of significance; not in the JSON.
     """
@@ -52,6 +53,7 @@ class BitextResults:
     means: dict[str, dict[str, float]]
     groups: dict[str, list[str]] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str | int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     queries: PerQuery | None = field(default=None, compare=False, repr=False)
 

@@ -37,6 +37,7 @@ class Run:
         pairs: names of rows and columns and the values by language pair, rows by columns; None where there are none.
         values: of every query; None if they were not written.
         groups: languages by the name of their group, as the result file has them.
+        settings: of encoder and search, as the result file has them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Run:
     pairs: tuple[list[str], list[str], np.ndarray] | None
     values: PerQuery | None
     groups: dict[str, list[str]]
+    settings: dict[str, str | int]
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
@@ -117,6 +119,20 @@ def figures_only(runs: Sequence[Run], groups: Mapping[str, Sequence[str]] | None
     return Comparison(
         first.task, [run.name for run in runs], first.languages, first.queries, 0, 0, 0, 0.95, 0, measures, groups
     )  # fmt: skip
+
+
+def other_settings(runs: Sequence[Run]) -> list[str]:
+    """A remark for every setting that runs do not share: a difference may be its doing.
+
+    Args:
+        runs: R.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [
+        f"Evaluated with another {name}: " + ", ".join(f"{run.name} {run.settings[name]}" for run in runs) + "."
+        for name in names
+        if all(name in run.settings for run in runs) and len({run.settings[name] for run in runs}) > 1
+    ]
 
 
 def check_values(runs: Sequence[Run], comparison: Comparison) -> list[str]:
@@ -238,7 +254,7 @@ def _of_retrieval(text: str) -> dict[str, Any]:
         pairs = (results.languages, [*results.languages, "all"], whole)
     return {
         "languages": results.languages, "queries": results.queries, "candidates": results.candidates,
-        "figures": figures, "pairs": pairs, "groups": results.group_languages,
+        "figures": figures, "pairs": pairs, "groups": results.group_languages, "settings": results.settings,
     }  # fmt: skip
 
 
@@ -251,6 +267,7 @@ def _of_bitext(text: str) -> dict[str, Any]:
         "languages": [directions[i] for i in order], "queries": sum(results.sentences), "candidates": 0,
         "figures": {name: np.array([overall[name], *np.array(of)[order]]) for name, of in results.measures.items()},
         "pairs": (results.languages, results.languages, results.matrix()), "groups": results.groups,
+        "settings": results.settings,
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class Results:
         cutoffs: nDCG@10, Recall@100, MRR@10 by pool: "own" and "all", or "re-ranking".
         bias: accuracy@1 and the share of the top results in the query's own language, see `bias.language_bias`.
         prompts: what was put before queries and passages.
+        settings: of the encoder and the search, such as precision and max_length.
         seconds: wall time by phase.
         by_language: measure -> its mean over the queries of each language; "cr" is the mean over the other languages.
         groups: group of languages -> measure -> macro mean over the languages of the group.
@@ -62,6 +63,7 @@ class Results:
     cutoffs: dict[str, dict[str, float]] = field(default_factory=dict)
     bias: dict[str, float] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str | int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     by_language: dict[str, list[float]] = field(default_factory=dict)
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -137,6 +139,7 @@ class Results:
             self._pairs(),
             *self.notes,
             f"Prompts: {self.prompts}" if self.prompts else "",
+            f"Settings: {self.settings}" if self.settings else "",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
