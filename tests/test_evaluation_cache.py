@@ -43,7 +43,7 @@ def test_a_second_evaluation_takes_its_vectors_from_the_cache(
     assert f"4 vectors from {cache}" in printed[1]
     first, second = (Results.from_json(out.read_text()) for out in outs)
     assert replace(first, seconds={}) == replace(second, seconds={})
-    assert first.settings == {"precision": "fp32", "pooling": "mean", "max_length": 512, "dimensions": 32}
+    assert first.settings == {"precision": "fp32", "pooling": "mean", "max_length": 32, "dimensions": 32}
     assert f"Settings: {first.settings}" in printed[0]
 
 

@@ -340,5 +340,7 @@ def test_bars_are_drawn_with_an_earlier_evaluation_beside(miracl, tmp_path):
 def test_a_folder_that_cannot_be_made_is_said_before_a_model_is_loaded(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out.json"
-    assert program.main(["m", "--data", str(folder), "--out", str(out)], lambda args, device: pytest.fail()) == 2
+    assert (
+        program.main(["m", "--data", str(folder), "--out", str(out)], lambda args, device: pytest.fail("loaded")) == 2
+    )
     assert f"'{tmp_path / 'file'}'" in capsys.readouterr().err
