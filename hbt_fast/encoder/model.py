@@ -100,26 +100,16 @@ class Encoder(nn.Module):
             autocast: see the class.
 
         Raises:
-            EncoderError: no such checkpoint, no safetensors, no fast tokenizer, or modules that are not supported.
+            EncoderError: no such checkpoint, no safetensors, no fast tokenizer, or modules that are not supported;
+                damaged or missing weights; an architecture that is not transformers' own or has a decoder besides.
         """
-        from transformers import AutoConfig, AutoModel
-
+        from hbt_fast.encoder.load import load_tokenizer, load_transformer
         from hbt_fast.encoder.modules import read_recorded
 
         path = str(path)
         tokenizer = load_tokenizer(path)
         recorded = read_recorded(path)
-        try:
-            config = AutoConfig.from_pretrained(path)
-            for name, value in vars(config).items():
-                if dropout is not None and "dropout" in name and isinstance(value, float):
-                    setattr(config, name, dropout)
-            options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
-            # an unused pooler would sit in the optimizer without ever getting a gradient
-            pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-            model = AutoModel.from_pretrained(path, **options, **pooler)
-        except (OSError, ValueError) as error:
-            raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}") from error
+        model = load_transformer(path, dropout)
         return cls(
             model,
             tokenizer,
@@ -239,40 +229,35 @@ class Encoder(nn.Module):
         """
         from hbt_fast.encoder.encoding import How, encode
 
-        how = How(prompt, batch_tokens, self.dimension if dimensions is None else dimensions, str(np.dtype(dtype)))
+        try:
+            name = str(np.dtype(dtype))
+        except TypeError:
+            name = str(dtype)  # is refused there
+        how = How(prompt, batch_tokens, self.dimension if dimensions is None else dimensions, name)
         return encode(self, texts, how, devices=devices, out=None if out is None else Path(out), progress=progress)
 
 
 def room(model: nn.Module) -> float:
-    """Tokens that a text may have: as many as there are learned positions; infinity where positions are computed."""
+    """Tokens that a text may have: as many as there are learned positions; infinity where positions are computed.
+
+    Args:
+        model: of transformers, or what stands in for one and has a `room` of its own.
+    """
+    if hasattr(model, "room"):
+        return model.room
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return math.inf
-    first = model.config.pad_token_id + 1 if model.config.model_type in packed.AFTER_PADDING else 0
-    return table.num_embeddings - first
+    # where the padding has a position, those of texts come after it
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
-def _not_unicode(texts: list[str]) -> str:
+def _not_unicode(texts: list[str], first: int) -> str:
     """What is wrong with the text that the tokenizer does not take."""
-    for text in texts:
+    for number, text in enumerate(texts, first):
         try:
             text.encode()
         except UnicodeEncodeError:
-            return f"the text {text[:60]!r} is not valid Unicode (half of a surrogate pair); mend it or leave it out"
+            half = "is not valid Unicode (half of a surrogate pair); mend it or leave it out"
+            return f"text {number} ({text[:60]!r}) {half}"
     return "the tokenizer does not take one of the texts"
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a checkpoint, by folder or hub name; EncoderError where there is none."""
-    from transformers import AutoTokenizer
-
-    path = str(path)
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
-    return tokenizer
