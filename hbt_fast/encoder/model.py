@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         model: a Hugging Face encoder (from AutoModel).
         tokenizer: its fast tokenizer.
         pooling: "mean", "cls", "last" or "weighted_mean"; see `hbt_fast.encoder.pooling.pool`.
-        max_length: tokens per text in `encode`, special tokens included.
+        max_length: tokens per text in `encode`, special tokens included; no more than the model has positions for.
         prompts: what to put before texts: {"query": ..., "passage": ...}, nothing where one is missing.
         autocast: dtype of the matrix products (torch.bfloat16 on GPUs), or None for the weights' own.
         dense: nn.Linear and activation in turns, between pooling and normalisation; None: nothing.
@@ -68,6 +68,14 @@ class Encoder(nn.Module):
         self.prompts = dict(PROMPTS if prompts is None else {"query": "", "passage": "", **prompts})
         self.max_length, self.autocast = max_length, autocast
         self.dense = dense
+        self.train(model.training)  # what transformers loads is in evaluation mode
+        if max_length > (most := room(model)):
+            self.max_length = int(most)
+            print(
+                f"the length limit (max_length, --max-length, model.max_length) is {max_length:,}, and the model has "
+                f"positions for {most:,}: texts are cut off there",
+                file=sys.stderr,
+            )
         self.packs = packed.can_pack(model)
         if self.packs:
             packed.prepare(model)
