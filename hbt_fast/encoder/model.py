@@ -172,20 +172,25 @@ class Encoder(nn.Module):
         """The hidden states of packed texts, (T, d), by way of padded rows."""
         lengths = [length for texts, length in sequences.runs for _ in range(texts)]
         padding = self.model.config.pad_token_id
+        padding = 0 if padding is None or padding < 0 else padding  # any token: it is masked
         ids_nL = pad_sequence(tokens.long().split(lengths), batch_first=True, padding_value=padding)
         length_n = torch.tensor(lengths, device=tokens.device)
         mask_nL = torch.arange(ids_nL.shape[1], device=tokens.device) < length_n[:, None]
         return self.model(input_ids=ids_nL, attention_mask=mask_nL.long()).last_hidden_state[mask_nL]
 
-    def tokenise(self, texts: Sequence[str], prompt: str = "") -> tuple[np.ndarray, np.ndarray]:
+    def tokenise(self, texts: Sequence[str], prompt: str = "", first: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of texts, cut off at `max_length`.
 
         Args:
             texts: n texts, at least 1.
             prompt: put before each.
+            first: number of the first, for messages.
 
         Returns:
             (T,) int32 token ids, and (n + 1,) int64: text i is tokens[offsets[i]:offsets[i + 1]].
+
+        Raises:
+            EncoderError: a text has no token or is not valid Unicode.
         """
         pieces, lengths = [], []
         for i in range(0, len(texts), 4096):  # in pieces: the tokenizer's output is bulky
@@ -193,10 +198,10 @@ class Encoder(nn.Module):
             try:
                 ids = self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
             except TypeError:
-                raise EncoderError(_not_unicode(batch)) from None
-            for text, one in zip(batch, ids, strict=True):
+                raise EncoderError(_not_unicode(batch, first + i)) from None
+            for number, (text, one) in enumerate(zip(batch, ids, strict=True), first + i):
                 if not one:
-                    raise EncoderError(f"no token is left of the text {text[:60]!r}; leave it out")
+                    raise EncoderError(f"no token is left of text {number} ({text[:60]!r}); leave it out")
             pieces.append(np.fromiter(chain.from_iterable(ids), np.int32))
             lengths += map(len, ids)
         return np.concatenate(pieces), np.cumsum([0, *lengths])
