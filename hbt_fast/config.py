@@ -118,7 +118,7 @@ class TrainConfig:
         keep_gib: GiB per rank for the graphs of micro-batches that are then embedded once instead of twice; auto takes
             what is free (half of it on a CPU). The first micro-batch's graph takes no more than any and is always kept.
         precision: bf16 and fp16 run the encoder under autocast (float32 weights), fp16 with a loss scale; auto is bf16
-            on GPUs, fp32 elsewhere.
+            on GPUs that have it (Ampere and later), fp32 elsewhere.
         engine: deepspeed or torch; auto is deepspeed when a launcher started this or zero_stage is above 0.
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         deepspeed: a DeepSpeed JSON file, merged with what hbt_fast sets.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hbt_fast.encoder import Encoder
 
+CPUINFO = Path("/proc/cpuinfo")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -72,7 +73,17 @@ def native_dtype(device: str) -> torch.dtype:
 
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16. oneDNN says yes for AVX512 alone too, where it emulates that."""
+    import torch
+
+    if not (torch.ops.mkldnn._is_mkldnn_bf16_supported() and CPUINFO.exists()):
+        return False
+    flags = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
+    return not flags.isdisjoint(CPUINFO.read_text(encoding="utf-8").split())
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -85,9 +96,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     field = "the files are JSON Lines, this field is the text; more than one are joined by a space (--field title ...)"
     parser.add_argument("--field", action="append", help=field)
     before = parser.add_mutually_exclusive_group(required=True)
-    before.add_argument(
-        "--as", choices=["query", "passage"], dest="kind", help="put the model's own prompt before them"
-    )
+    recorded = "put the prompt before them that is recorded with the model"
+    before.add_argument("--as", choices=["query", "passage"], dest="kind", help=recorded)
     before.add_argument("--prompt", help='put this before every text; "" for nothing')
     parser.add_argument("--batch-tokens", type=at_least_one, default=8192, metavar="N", help="tokens per forward pass")
     parser.add_argument("--dimensions", type=at_least_one, metavar="N", help="keep the first N, normalised again")
@@ -132,15 +142,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # a wrong path is said before a model is loaded, and a broken first line
         next(texts_of(args.files, args.field), None)
         devices = args.devices.split(",") if args.devices else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if args.precision == "int8":
+            if args.devices not in (None, "cpu"):
+                raise DataError(
+                    f"--precision int8 runs on the CPU, in one process, and --devices is {args.devices}; leave one out"
+                )
+            devices = ["cpu"]
         check_devices(devices)
         device = devices[0] if len(devices) == 1 else "cpu"
-        encoder = load_encoder(args, device)
+        encoder, prompt = load_encoder(args, device), _prompt(args)
         if len(devices) > 1 and args.precision == "auto":
             encoder.to(native_dtype(devices[0]))
         started = time.perf_counter()
         vectors_nd = encoder.encode(
             texts_of(args.files, args.field),
-            encoder.prompts[args.kind] if args.kind else args.prompt,
+            prompt,
             batch_tokens=args.batch_tokens,
             dimensions=args.dimensions,
             dtype=args.dtype,
@@ -154,6 +170,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     (count, dimensions), took = vectors_nd.shape, time.perf_counter() - started
     print(f"{args.out}: {count:,} vectors of {dimensions} dimensions, {args.dtype}; {count / took:,.0f} texts/s")
     return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """The prompt of the command line. What the model does not record is not made up: E5's is not another's."""
+    from hbt_fast.encoder.modules import recorded_prompts
+
+    if args.kind is None:
+        return args.prompt
+    recorded = recorded_prompts(args.model)
+    if recorded is None:
+        raise DataError(
+            f"no prompt is recorded with {args.model}; in place of --as {args.kind} give --prompt with what its model "
+            f"card says, such as --prompt '{args.kind}: ' for E5, or --prompt '' for none"
+        )
+    print(f"{args.kind} prompt {recorded[args.kind]!r} (recorded with the model)", flush=True)
+    return recorded[args.kind]
 
 
 def at_least_one(text: str) -> int:

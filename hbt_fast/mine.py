@@ -155,10 +155,12 @@ def _prompts(options: argparse.Namespace, config: Config) -> tuple[list[str], st
 def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
     """The encoder, on a GPU if there is one, and a hash of all that its vectors depend on besides prompt and text."""
     import torch
-    import xxhash
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device == "cuda")
+    from hbt_fast.encoder.encoding import How, identity
+    from hbt_fast.engine.launch import computes_in_bf16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and computes_in_bf16(device))
     try:
         encoder = Encoder.from_pretrained(
             model, pooling=config.model.pooling, autocast=torch.bfloat16 if bf16 else None
@@ -166,11 +168,8 @@ def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
     except ValueError as error:  # a broken config, an unknown architecture: the user's to mend
         raise EncoderError(str(error)) from None
     encoder.max_length = min(encoder.max_length, config.model.max_length)
-    shape = {key: value for key, value in encoder.model.config.to_dict().items() if key != "_name_or_path"}
-    parts = [shape, encoder.pooling, encoder.max_length, bf16, device, *tokenizer_parts(encoder.tokenizer)]
-    for key, tensor in encoder.model.state_dict().items():
-        parts += [key, tensor.shape, xxhash.xxh3_128_hexdigest(tensor.contiguous().numpy())]
-    return encoder.to(device), fingerprint(parts)
+    what = identity(encoder, How("", 0, encoder.dimension, "float32"))  # the prompt goes in with the texts
+    return encoder.to(device), fingerprint([what, device.type, *tokenizer_parts(encoder.tokenizer)])
 
 
 def embed(

@@ -20,7 +20,8 @@ from hbt_fast.data.build import build_source, tokenizer_options
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
-from hbt_fast.encoder.model import EncoderError, load_tokenizer
+from hbt_fast.encoder.load import load_tokenizer
+from hbt_fast.encoder.model import EncoderError
 from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.engine.launch import World
 

@@ -66,9 +66,7 @@ Questions and passages in {len(store.languages)} languages are mapped to unit ve
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{folder}")
-queries = model.encode(["..."], prompt_name="query")
-passages = model.encode(["..."], prompt_name="passage")
+{_usage(folder, config.model.separate_towers)}
 print(queries @ passages.T)
 ```
 
@@ -94,6 +92,17 @@ InfoNCE at temperature {config.loss.temperature}, AdamW at {config.train.learnin
 """,
         encoding="utf-8",
     )
+
+
+def _usage(folder: Path, separate: bool) -> str:
+    """The lines of Python that load the exported model, or both, and encode queries and passages."""
+    kinds = ("query", "passage")
+    names = {kind: f"{kind}_model" if separate else "model" for kind in kinds}
+    paths = {name: folder / kind if separate else folder for kind, name in names.items()}
+    lines = [f'{name} = SentenceTransformer("{path}")' for name, path in paths.items()]
+    plural = {"query": "queries", "passage": "passages"}
+    lines += [f'{plural[kind]} = {names[kind]}.encode(["..."], prompt_name="{kind}")' for kind in kinds]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_an_error_in_a_process_is_raised_here(make_encoder, texts, small_pieces,
     encoder.tokenizer = copy.deepcopy(encoder.tokenizer)
     encoder.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # adds no <s>
     for devices in (None, ["cpu"]):
-        with pytest.raises(EncoderError, match="no token is left of the text ''; leave it out"):
+        with pytest.raises(EncoderError, match=r"no token is left of text 300 \(''\); leave it out"):
             encoder.encode([*texts, ""], devices=devices)
 
 
@@ -210,6 +210,23 @@ Encoder.from_pretrained(sys.argv[1]).encode(slowly(), out=sys.argv[3])
     np.testing.assert_allclose(np.load(file), make_encoder().encode(texts), atol=1e-6)
 
 
+def test_an_encoding_killed_as_it_finished_can_be_started_again(make_encoder, texts, small_pieces, tmp_path):
+    encoder, file = make_encoder(), tmp_path / "v.npy"
+    expected = encoder.encode(texts)
+    remove = vector_file.VectorFile._remove
+    try:
+        vector_file.VectorFile._remove = lambda self: os._exit(9)
+        if not (child := os.fork()):
+            encoder.encode(texts, out=file)
+        os.waitpid(child, 0)
+    finally:
+        vector_file.VectorFile._remove = remove
+    assert file.exists()
+    assert (tmp_path / "v.npy.partial" / "state.json").exists()
+    np.testing.assert_array_equal(encoder.encode(texts, out=file), expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["v.npy"]
+
+
 def test_nothing_is_left_of_an_encoding_that_did_nothing(make_encoder, tmp_path):
     with pytest.raises(EncoderError, match="text 1 is of type float, not a string"):
         make_encoder().encode(["red", float("nan")], out=tmp_path / "v.npy")
@@ -224,6 +241,7 @@ def test_nothing_is_left_of_an_encoding_that_did_nothing(make_encoder, tmp_path)
         (["red"], {"dimensions": 0}, "dimensions is 0"),
         (["red"], {"batch_tokens": 0}, "batch_tokens is 0; it must be at least 1"),
         (["red"], {"dtype": "int8"}, "dtype is int8; it can be float32 or float16"),
+        (["red"], {"dtype": "bogus"}, "dtype is bogus; it can be float32 or float16"),
         (["red"], {"out": "v.bin"}, "out is v.bin; its name must end in .npy"),
         (["red"], {"devices": "cpu"}, 'devices is "cpu"; give a list'),
         (["red"], {"devices": ["gpu7"]}, "devices: 'gpu7': "),
@@ -241,7 +259,8 @@ def test_a_text_longer_than_the_model_has_positions_is_named(make_encoder, tmp_p
     encoder = make_encoder()
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(vocab_size=len(encoder.tokenizer), max_position_embeddings=16, **shape)
-    bert = Encoder(BertModel(config, add_pooling_layer=False), encoder.tokenizer, max_length=20)
+    bert = Encoder(BertModel(config, add_pooling_layer=False), encoder.tokenizer)
+    bert.max_length = 20
     with pytest.raises(EncoderError, match=r"a text of 20 tokens, and the model has positions for 16; lower"):
         bert.encode(["a text " * 40])
     bert.model.save_pretrained(tmp_path)
@@ -253,7 +272,7 @@ def test_a_text_longer_than_the_model_has_positions_is_named(make_encoder, tmp_p
 
 
 def test_a_text_that_is_not_unicode_is_named(make_encoder):
-    with pytest.raises(EncoderError, match=r"the text 'half \\ud83d' is not valid Unicode"):
+    with pytest.raises(EncoderError, match=r"text 1 \('half \\ud83d'\) is not valid Unicode"):
         make_encoder().encode(["whole", "half \ud83d"])
 
 

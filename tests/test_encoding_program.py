@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from hbt_fast import encode
 from hbt_fast.encoder import Encoder
@@ -98,6 +99,47 @@ def test_what_is_wrong_is_said(model, tmp_path, capsys, text, options, message):
     assert encode.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("v.npy*"))
+
+
+def test_a_prompt_that_is_not_recorded_is_not_made_up(model, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(LINES), encoding="utf-8")
+    options = [str(model), str(tmp_path / "a.txt"), "--out", str(tmp_path / "v.npy"), "--as", "passage"]
+    assert encode.main(options) == 0
+    assert "passage prompt 'P: ' (recorded with the model)" in capsys.readouterr().out
+    (model / "config_sentence_transformers.json").unlink()
+    assert encode.main(options) == 2
+    said = f"no prompt is recorded with {model}; in place of --as passage give --prompt with what its model card says"
+    assert said in capsys.readouterr().err
+
+
+def test_8_bits_are_for_the_cpu_also_where_there_are_gpus(model, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    (tmp_path / "a.txt").write_text("\n".join(LINES), encoding="utf-8")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    options = [str(model), str(tmp_path / "a.txt"), "--out", str(tmp_path / "v.npy"), "--as", "query"]
+    assert encode.main([*options, "--precision", "int8"]) == 0
+    assert encode.main([*options, "--precision", "int8", "--devices", "cuda:0,cuda:1"]) == 2
+    said = "--precision int8 runs on the CPU, in one process, and --devices is cuda:0,cuda:1; leave one out"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("flags : fpu avx512f avx512bw avx512vl", "float32"),
+        ("flags : fpu avx512f avx512_bf16", "bfloat16"),
+        ("flags : amx_bf16 amx_tile", "bfloat16"),
+        ("Features : asimd bf16 i8mm", "bfloat16"),
+        (None, "float32"),
+    ],
+)
+def test_bf16_is_taken_where_the_cpu_multiplies_it(tmp_path, monkeypatch, flags, dtype):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n\n", encoding="utf-8")
+    monkeypatch.setattr(encode, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert encode.native_dtype("cpu") == getattr(torch, dtype)
 
 
 def test_a_prompt_must_be_chosen(capsys):

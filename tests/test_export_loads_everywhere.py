@@ -55,6 +55,15 @@ def test_a_text_longer_than_the_limit_is_cut(make_encoder):
     np.testing.assert_array_equal(encoder.encode([long]), encoder.encode([longer]))
 
 
+def test_encoding_does_not_turn_dropout_on(make_encoder, tmp_path):
+    encoder = Encoder.from_pretrained(export(make_encoder(dropout=0.5), tmp_path / "m"))
+    encoder.encode(TEXTS)
+    inputs = [torch.from_numpy(part) for part in encoder.tokenise(TEXTS)]
+    assert torch.equal(encoder(*inputs), encoder(*inputs))
+    assert not any(module.training for module in encoder.modules())
+    assert all(module.training for module in make_encoder().modules())  # one from nothing is there to be trained
+
+
 def test_a_checkpoint_in_half_precision_trains_in_float32(make_encoder, tmp_path):
     encoder = make_encoder()
     encoder.model.half()

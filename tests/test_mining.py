@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import parallel_rows
 
 from hbt_fast import mine as program
+from hbt_fast.config import Config, ModelConfig
 from hbt_fast.data import mining
 from hbt_fast.data.mining import MiningConfig
 from hbt_fast.data.rows import Row
@@ -418,6 +420,20 @@ def test_rows_that_changed_meanwhile_are_not_mixed_up(run, tmp_path, capsys, mon
             run({"s": rows}, OPEN)
         assert message in capsys.readouterr().err
         assert not (tmp_path / "mined.jsonl").exists()
+
+
+def test_embeddings_are_kept_apart_by_everything_that_makes_them(make_encoder, tmp_path):
+    def name(weight=0.1, pooling="mean", **settings):
+        encoder = make_encoder()
+        dense = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Tanh())
+        for p in dense.parameters():
+            torch.nn.init.constant_(p, weight)
+        encoder.dense, encoder.pooling = dense, pooling
+        folder = export(encoder, tmp_path / "model")
+        return program.load_encoder(str(folder), Config(model=ModelConfig(**settings)))[1]
+
+    assert name() == name()
+    assert len({name(), name(weight=0.2), name(pooling="cls"), name(max_length=16)}) == 4
 
 
 def test_the_program_with_a_real_encoder_killed_and_run_again(make_encoder, tmp_path):

@@ -1,6 +1,7 @@
 """Texts that lie one after the other, without padding, give what padded rows give: vectors, gradients, dropout."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from hbt_fast.encoder import Encoder
+from hbt_fast.encoder import Encoder, packed
 from hbt_fast.encoder.packed import Sequences, packed_attention
 from hbt_fast.encoder.pooling import POOLINGS, pool
 
@@ -141,6 +142,46 @@ def test_a_model_that_was_put_in_later_or_has_another_attention_is_padded():
     assert (packing(*texts()) - truth).abs().max() < 1e-5
     packing, _ = made("XLM-R")
     packing.model.set_attn_implementation("sdpa")
+    assert (packing(*texts()) - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_gives_attention_one_dtype(name, monkeypatch):
+    seen = []
+    dense = packed._dense
+    monkeypatch.setattr(packed, "_dense", lambda *qkv: seen.append({x.dtype for x in qkv[:3]}) or dense(*qkv))
+    packing, _ = made(name)
+    packing.autocast = torch.bfloat16
+    packing(*texts())
+    assert seen
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)  # or a GPU would take the way of float32
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_attention_of_all_texts_at_once_is_left_to_gpus_that_have_it(monkeypatch, capability, taken):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    gpu = torch.device("cuda", 0)
+    assert packed._takes_varlen(gpu, torch.bfloat16) == packed._takes_varlen(gpu, torch.float16) == taken
+    assert not packed._takes_varlen(gpu, torch.float32)
+    assert not packed._takes_varlen(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    packed._flash_attn.cache_clear()
+    try:
+        assert packed._flash_attn() is None
+    finally:
+        packed._flash_attn.cache_clear()
+
+
+@pytest.mark.parametrize("padding", [None, -1])
+def test_a_model_without_a_padding_token_takes_padded_rows(padding):
+    packing, _ = made("Qwen3")
+    truth = packing(*texts())
+    packing.packs, packing.model.config.pad_token_id = False, padding
     assert (packing(*texts()) - truth).abs().max() < 1e-5
 
 

@@ -91,6 +91,25 @@ def test_older_names_are_known(make_folder):
     np.testing.assert_array_equal(Encoder.from_pretrained(folder).encode(TEXTS), new)
 
 
+@pytest.mark.parametrize("file", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
+def test_lower_case_and_length_are_as_recorded_under_older_names_too(make_folder, tmp_path, file):
+    folder, texts = make_folder(), ["EN The Red BLUE 7", "de Which Green", "fr the OLD new Big small", "X"]
+    plain = Encoder.from_pretrained(folder)
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / file).write_text(json.dumps({"max_seq_length": 5, "do_lower_case": True}))
+    encoder = Encoder.from_pretrained(folder)
+    assert encoder.max_length == 5
+    ours = encoder.encode(texts)
+    np.testing.assert_allclose(ours, vectors_there(folder, texts), atol=1e-6)
+    plain.max_length = 5
+    np.testing.assert_array_equal(plain.encode([text.lower() for text in texts]), ours)
+    assert np.abs(plain.encode(texts) - ours).max() > 1e-4
+
+    exported = export(encoder, tmp_path / "exported")
+    np.testing.assert_array_equal(Encoder.from_pretrained(exported).encode(texts), ours)
+    np.testing.assert_allclose(vectors_there(exported, texts), ours, atol=1e-6)
+
+
 def test_dense_layers_are_trained(make_folder):
     encoder = Encoder.from_pretrained(make_folder(OTHERS))
     tokens, offsets = encoder.tokenise(TEXTS)

@@ -1,6 +1,7 @@
 """The command line: YAML, overrides in both spellings, and errors that name the nearest right setting."""
 
 import pytest
+import torch
 
 from hbt_fast.config import TrainConfig, dump, parse
 from hbt_fast.engine.backends import SettingError, deepspeed_config
@@ -85,3 +86,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SettingError, match=r"more ranks were started here than there are GPUs \(1\)"):
         start(TrainConfig())
+
+
+@pytest.mark.parametrize(("hardware", "autocast"), [(True, torch.bfloat16), (False, None)])
+def test_auto_precision_is_bf16_on_gpus_that_compute_in_it(monkeypatch, hardware, autocast):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: hardware or including_emulation
+    )
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert start(TrainConfig()).autocast == autocast

@@ -76,7 +76,7 @@ def encode(
     encoder.eval()
     try:
         with tqdm(desc="encoding", **options) as bar:
-            pieces = rows.left(_pieces(texts))
+            pieces = _numbered(rows.left(_pieces(texts)), rows.done)
             made = _in_processes(encoder, devices, pieces, how, bar) if devices else _here(encoder, pieces, how, bar)
             with closing(made):
                 for vectors_nd in made:
@@ -87,15 +87,19 @@ def encode(
         encoder.train(training)
 
 
-def embed(encoder: Encoder, texts: list[str], how: How) -> np.ndarray:
+def embed(encoder: Encoder, texts: list[str], how: How, first: int = 0) -> np.ndarray:
     """The vectors of texts that fit the memory, (n, dimensions).
 
     Args:
         encoder: in evaluation mode.
         texts: at least one.
         how: what is asked for.
+        first: number of the first, for messages.
+
+    Raises:
+        EncoderError: a text has no token, or more than the model has positions for.
     """
-    return _embedded(encoder, _packed(encoder, texts, how), how)
+    return _embedded(encoder, _packed(encoder, first, texts, how), how)
 
 
 def identity(encoder: Encoder, how: How) -> dict[str, str | int]:
@@ -207,20 +211,27 @@ def _pieces(texts: Iterable[str]) -> Iterator[list[str]]:
         begin += len(piece)
 
 
-def _here(encoder: Encoder, pieces: Iterator[list[str]], how: How, bar: tqdm) -> Iterator[np.ndarray]:
+def _numbered(pieces: Iterator[list[str]], first: int) -> Iterator[tuple[int, list[str]]]:
+    """Each piece after the number of its first text."""
+    for piece in pieces:
+        yield first, piece
+        first += len(piece)
+
+
+def _here(encoder: Encoder, pieces: Iterator[tuple[int, list[str]]], how: How, bar: tqdm) -> Iterator[np.ndarray]:
     """The vectors of each piece; the next one is tokenised meanwhile."""
     ahead: deque[Future] = deque()
     with ThreadPoolExecutor(1) as threads:
         for piece in pieces:
-            ahead.append(threads.submit(_packed, encoder, piece, how))
+            ahead.append(threads.submit(_packed, encoder, *piece, how))
             if len(ahead) == 2:
                 yield _embedded(encoder, ahead.popleft().result(), how, bar)
         while ahead:
             yield _embedded(encoder, ahead.popleft().result(), how, bar)
 
 
-def _packed(encoder: Encoder, piece: list[str], how: How) -> list[MicroBatch]:
-    tokens, offsets = encoder.tokenise(piece, how.prompt)
+def _packed(encoder: Encoder, first: int, piece: list[str], how: How) -> list[MicroBatch]:
+    tokens, offsets = encoder.tokenise(piece, how.prompt, first)
     return pack(np.arange(len(piece)), tokens, offsets, how.batch_tokens)
 
 
@@ -241,7 +252,7 @@ def _embedded(encoder: Encoder, micro_batches: list[MicroBatch], how: How, bar: 
 
 
 def _in_processes(
-    encoder: Encoder, devices: Sequence[str], pieces: Iterator[list[str]], how: How, bar: tqdm
+    encoder: Encoder, devices: Sequence[str], pieces: Iterator[tuple[int, list[str]]], how: How, bar: tqdm
 ) -> Iterator[np.ndarray]:
     """As `_here`, by a process on each device, which gets the encoder as an exported folder."""
     from hbt_fast.encoder.export import export

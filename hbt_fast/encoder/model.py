@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         model: a Hugging Face encoder (from AutoModel).
         tokenizer: its fast tokenizer.
         pooling: "mean", "cls", "last" or "weighted_mean"; see `hbt_fast.encoder.pooling.pool`.
-        max_length: tokens per text in `encode`, special tokens included.
+        max_length: tokens per text in `encode`, special tokens included; no more than the model has positions for.
         prompts: what to put before texts: {"query": ..., "passage": ...}, nothing where one is missing.
         autocast: dtype of the matrix products (torch.bfloat16 on GPUs), or None for the weights' own.
         dense: nn.Linear and activation in turns, between pooling and normalisation; None: nothing.
@@ -68,6 +68,14 @@ class Encoder(nn.Module):
         self.prompts = dict(PROMPTS if prompts is None else {"query": "", "passage": "", **prompts})
         self.max_length, self.autocast = max_length, autocast
         self.dense = dense
+        self.train(model.training)  # what transformers loads is in evaluation mode
+        if max_length > (most := room(model)):
+            self.max_length = int(most)
+            print(
+                f"the length limit (max_length, --max-length, model.max_length) is {max_length:,}, and the model has "
+                f"positions for {most:,}: texts are cut off there",
+                file=sys.stderr,
+            )
         self.packs = packed.can_pack(model)
         if self.packs:
             packed.prepare(model)
@@ -100,26 +108,16 @@ class Encoder(nn.Module):
             autocast: see the class.
 
         Raises:
-            EncoderError: no such checkpoint, no safetensors, no fast tokenizer, or modules that are not supported.
+            EncoderError: no such checkpoint, no safetensors, no fast tokenizer, or modules that are not supported;
+                damaged or missing weights; an architecture that is not transformers' own or has a decoder besides.
         """
-        from transformers import AutoConfig, AutoModel
-
+        from hbt_fast.encoder.load import load_tokenizer, load_transformer
         from hbt_fast.encoder.modules import read_recorded
 
         path = str(path)
         tokenizer = load_tokenizer(path)
         recorded = read_recorded(path)
-        try:
-            config = AutoConfig.from_pretrained(path)
-            for name, value in vars(config).items():
-                if dropout is not None and "dropout" in name and isinstance(value, float):
-                    setattr(config, name, dropout)
-            options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
-            # an unused pooler would sit in the optimizer without ever getting a gradient
-            pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
-            model = AutoModel.from_pretrained(path, **options, **pooler)
-        except (OSError, ValueError) as error:
-            raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}") from error
+        model = load_transformer(path, dropout)
         return cls(
             model,
             tokenizer,
@@ -174,20 +172,25 @@ class Encoder(nn.Module):
         """The hidden states of packed texts, (T, d), by way of padded rows."""
         lengths = [length for texts, length in sequences.runs for _ in range(texts)]
         padding = self.model.config.pad_token_id
+        padding = 0 if padding is None or padding < 0 else padding  # any token: it is masked
         ids_nL = pad_sequence(tokens.long().split(lengths), batch_first=True, padding_value=padding)
         length_n = torch.tensor(lengths, device=tokens.device)
         mask_nL = torch.arange(ids_nL.shape[1], device=tokens.device) < length_n[:, None]
         return self.model(input_ids=ids_nL, attention_mask=mask_nL.long()).last_hidden_state[mask_nL]
 
-    def tokenise(self, texts: Sequence[str], prompt: str = "") -> tuple[np.ndarray, np.ndarray]:
+    def tokenise(self, texts: Sequence[str], prompt: str = "", first: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of texts, cut off at `max_length`.
 
         Args:
             texts: n texts, at least 1.
             prompt: put before each.
+            first: number of the first, for messages.
 
         Returns:
             (T,) int32 token ids, and (n + 1,) int64: text i is tokens[offsets[i]:offsets[i + 1]].
+
+        Raises:
+            EncoderError: a text has no token or is not valid Unicode.
         """
         pieces, lengths = [], []
         for i in range(0, len(texts), 4096):  # in pieces: the tokenizer's output is bulky
@@ -195,10 +198,10 @@ class Encoder(nn.Module):
             try:
                 ids = self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
             except TypeError:
-                raise EncoderError(_not_unicode(batch)) from None
-            for text, one in zip(batch, ids, strict=True):
+                raise EncoderError(_not_unicode(batch, first + i)) from None
+            for number, (text, one) in enumerate(zip(batch, ids, strict=True), first + i):
                 if not one:
-                    raise EncoderError(f"no token is left of the text {text[:60]!r}; leave it out")
+                    raise EncoderError(f"no token is left of text {number} ({text[:60]!r}); leave it out")
             pieces.append(np.fromiter(chain.from_iterable(ids), np.int32))
             lengths += map(len, ids)
         return np.concatenate(pieces), np.cumsum([0, *lengths])
@@ -239,40 +242,35 @@ class Encoder(nn.Module):
         """
         from hbt_fast.encoder.encoding import How, encode
 
-        how = How(prompt, batch_tokens, self.dimension if dimensions is None else dimensions, str(np.dtype(dtype)))
+        try:
+            name = str(np.dtype(dtype))
+        except TypeError:
+            name = str(dtype)  # is refused there
+        how = How(prompt, batch_tokens, self.dimension if dimensions is None else dimensions, name)
         return encode(self, texts, how, devices=devices, out=None if out is None else Path(out), progress=progress)
 
 
 def room(model: nn.Module) -> float:
-    """Tokens that a text may have: as many as there are learned positions; infinity where positions are computed."""
+    """Tokens that a text may have: as many as there are learned positions; infinity where positions are computed.
+
+    Args:
+        model: of transformers, or what stands in for one and has a `room` of its own.
+    """
+    if hasattr(model, "room"):
+        return model.room
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return math.inf
-    first = model.config.pad_token_id + 1 if model.config.model_type in packed.AFTER_PADDING else 0
-    return table.num_embeddings - first
+    # where the padding has a position, those of texts come after it
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
-def _not_unicode(texts: list[str]) -> str:
+def _not_unicode(texts: list[str], first: int) -> str:
     """What is wrong with the text that the tokenizer does not take."""
-    for text in texts:
+    for number, text in enumerate(texts, first):
         try:
             text.encode()
         except UnicodeEncodeError:
-            return f"the text {text[:60]!r} is not valid Unicode (half of a surrogate pair); mend it or leave it out"
+            half = "is not valid Unicode (half of a surrogate pair); mend it or leave it out"
+            return f"text {number} ({text[:60]!r}) {half}"
     return "the tokenizer does not take one of the texts"
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a checkpoint, by folder or hub name; EncoderError where there is none."""
-    from transformers import AutoTokenizer
-
-    path = str(path)
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
-    return tokenizer

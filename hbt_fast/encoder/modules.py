@@ -32,6 +32,10 @@ PLACES = {  # in sentence-transformers 6; older ones have them all in sentence_t
 TYPES = {f"sentence_transformers.{place}.{kind}": kind for kind, new in PLACES.items() for place in ("models", new)}
 ORDER = re.compile("TPD*N?")  # by first letters
 ACTIVATIONS = {kind.__name__: kind for kind in (nn.Tanh, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid)}
+SETTINGS = [  # of the transformer, by the names that sentence-transformers has given it
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
 AGAIN = "load it in sentence-transformers and save it again"
 
 
@@ -70,8 +74,20 @@ def read_recorded(name: str) -> Recorded:
             "length limit, prompts) is the default",
             file=sys.stderr,
         )
-    length = (_json(name, "sentence_bert_config.json") or {}).get("max_seq_length")
+    length = _settings(name).get("max_seq_length")
     return Recorded(pooling, nn.Sequential(*layers) if layers else None, length, recorded_prompts(name))
+
+
+def lower_cases(name: str) -> bool:
+    """Whether a checkpoint's texts are put into lower case before they are tokenised.
+
+    Args:
+        name: folder or hub name.
+
+    Raises:
+        EncoderError: the file cannot be read.
+    """
+    return bool(_settings(name).get("do_lower_case"))
 
 
 def recorded_prompts(name: str) -> dict[str, str] | None:
@@ -88,6 +104,12 @@ def recorded_prompts(name: str) -> dict[str, str] | None:
     prompts = (_json(name, "config_sentence_transformers.json") or {}).get("prompts") or {}
     found = prompts.get("query"), prompts.get("passage", prompts.get("document"))
     return None if found == (None, None) else {"query": found[0] or "", "passage": found[1] or ""}
+
+
+def _settings(name: str) -> dict:
+    """What is recorded with the transformer: max_seq_length and do_lower_case. The first file that says something."""
+    older = SETTINGS[1:] if _json(name, "modules.json", list) else []  # others are not asked for six files in vain
+    return next(filter(None, (_json(name, file) for file in (SETTINGS[0], *older))), {})
 
 
 def _modules(name: str, modules: list) -> tuple[Pooling, list[nn.Module]]:

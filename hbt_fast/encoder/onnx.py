@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from hbt_fast.encoder.model import Encoder, EncoderError
+from hbt_fast.encoder.model import Encoder, EncoderError, room
 
 ONE_FILE = 2**31 - 2**26  # bytes: protobuf ends at 2 GiB; larger weights go into a file beside the graph
 
@@ -100,13 +100,16 @@ class _Session(nn.Module):
     Args:
         model: of transformers, which was exported.
         path: of its ONNX file.
+
+    Attributes:
+        room: see `hbt_fast.encoder.model.room`.
     """
 
     def __init__(self, model: nn.Module, path: Path) -> None:
         import onnxruntime
 
         super().__init__()
-        self.config = copy(model.config)
+        self.room, self.config = room(model), copy(model.config)
         self.config._attn_implementation = "onnx"  # so that `Encoder` gives it padded rows
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

@@ -1,16 +1,16 @@
 """Transformers without padding: texts lie one after the other in one row, and attention keeps them apart.
 
-The stock classes of transformers are used; what differs is the attention function that they look up by name. flash-attn
-does the work where it is installed, torch's own varlen attention on other GPUs in half precision, and everywhere else
-scaled_dot_product_attention, once for all neighbouring texts of one length: batches are sorted by length, so that these
-are many.
+The stock classes of transformers are used; what differs is the attention function that they look up by name. In half
+precision on GPUs from Ampere on flash-attn does the work where it is installed, torch's own varlen attention where it
+is not, and everywhere else scaled_dot_product_attention, once for all neighbouring texts of one length: batches are
+sorted by length, so that these are many.
 
 Shape legend: T tokens in all, h heads, k key-value heads, e dimensions of a head, n texts of L tokens each.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -132,7 +132,8 @@ def packed_attention(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (1, T, h, e), as the projections wrote it
     if sequences is None:
         return _dense(query, key, value, dropout, scaling, causal, sliding_window), None
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and (_has_flash_attn() or not dropout):
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions have made them float32
+    if _takes_varlen(query.device, query.dtype) and (_flash_attn() or not dropout):
         out = _varlen(query[0], key[0], value[0], sequences, dropout, scaling, causal, sliding_window)
         return out[None], None
     sizes = [texts * length for texts, length in sequences.runs]
@@ -183,10 +184,8 @@ def _varlen(
     side = -1 if window is None else window - 1
     sides = (side, 0 if causal else side)
     where = (sequences.cu_seqlens, sequences.cu_seqlens, sequences.longest, sequences.longest)
-    if _has_flash_attn():
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(
+    if flash := _flash_attn():
+        return flash(
             q_The, k_Tke, v_Tke, *where, dropout_p=dropout, softmax_scale=scale, causal=causal, window_size=sides
         )
     from torch.nn.attention.varlen import varlen_attn
@@ -195,9 +194,21 @@ def _varlen(
     return varlen_attn(q_The, k_Tke, v_Tke, *where, scale=scale, window_size=sides, enable_gqa=grouped)
 
 
+def _takes_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention of all texts in one call has kernels: half precision, on GPUs from Ampere on."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @cache
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def _flash_attn() -> Callable[..., Tensor] | None:
+    """flash-attn's function; None where it is not installed, or was built for another torch and cannot be loaded."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except (ImportError, OSError):
+        return None
+    return flash_attn_varlen_func
 
 
 def _mask(*arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hbt_fast.encoder.export import export
-from hbt_fast.encoder.model import Encoder, EncoderError
+from hbt_fast.encoder.model import Encoder, EncoderError, room
 from hbt_fast.encoder.scratch import encoder_from_scratch
 
 if TYPE_CHECKING:
@@ -142,16 +142,17 @@ def make_towers(
         autocast: dtype of the matrix products in training; None: float32.
 
     Raises:
-        EncoderError: a checkpoint that cannot be used, or adapters for modules that it does not have.
+        EncoderError: a checkpoint that cannot be used, longer texts than it has positions for, or adapters or gradient
+            checkpointing that it does not have modules for.
     """
     encoders = [_encoder(model, tokenizer, seed) for _ in range(2 if model.separate_towers else 1)]
     for encoder in encoders:
+        _check_lengths(model, encoder)
         encoder.autocast = autocast
         if model.lora.rank:
             _add_adapters(encoder, model.lora, seed)
         if model.gradient_checkpointing:
-            new = getattr(encoder.model, "activation_checkpointing_enable", None)  # the name from transformers 5.20 on
-            (new or encoder.model.gradient_checkpointing_enable)({"use_reentrant": False})
+            _checkpoint_layers(encoder)
         if model.compile:
             encoder.model.compile(dynamic=True)
             encoder.packs = False  # every batch has other texts, and would be compiled anew
@@ -168,6 +169,28 @@ def _encoder(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) 
         return encoder
     options = {"pooling": model.pooling, "max_length": model.max_length, "dropout": model.dropout}
     return Encoder.from_pretrained(model.path, prompts=prompts, **options)
+
+
+def _check_lengths(model: ModelConfig, encoder: Encoder) -> None:
+    """See that the texts of training fit, before the step at which the first long one comes."""
+    most = room(encoder.model)
+    for name in ("query_max_length", "passage_max_length"):
+        if (length := getattr(model, name)) > most:
+            instead = " (as many as model.max_length, which can be raised)" if model.path is None else ""
+            raise EncoderError(
+                f"model.{name} is {length:,}, and the model has positions for {most:,}{instead}; write {most} or less"
+            )
+
+
+def _checkpoint_layers(encoder: Encoder) -> None:
+    enable = getattr(encoder.model, "activation_checkpointing_enable", None)  # the name from transformers 5.20 on
+    try:
+        (enable or encoder.model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError:
+        raise EncoderError(
+            f"model.gradient_checkpointing: transformers' {encoder.model.config.model_type} does not support it; write "
+            "false, and lower train.micro_batch_tokens if memory is short"
+        ) from None
 
 
 def _add_adapters(encoder: Encoder, lora: LoraConfig, seed: int) -> None:

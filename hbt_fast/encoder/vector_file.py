@@ -47,6 +47,8 @@ class VectorFile:
         except BlockingIOError:
             self.lock.close()
             raise EncoderError(f"another process is writing {path}") from None
+        if not (self.folder / "vectors.npy").exists():  # killed after the vectors went to `path`: begin anew
+            self.state.unlink(missing_ok=True)
         found = json.loads(self.state.read_text(encoding="utf-8")) if self.state.exists() else {}
         if found and found["identity"] != identity:
             self.lock.close()

@@ -1,7 +1,7 @@
 """A process that encodes on one device: ``python -m hbt_fast.encoder.worker DEVICE``, started by `encoding`.
 
-It reads a line of JSON that says what encodes and how, then a line for each list of texts, and writes their vectors in
-the form of `hbt_fast.data.tokenise.send`, or the message of an error in place of them.
+It reads a line of JSON that says what encodes and how, then a line for each list of texts (the number of the first, and
+they), and writes their vectors as `hbt_fast.data.tokenise.send` does, or the message of an error in place of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def serve(device: str, source: BinaryIO, target: BinaryIO) -> None:
     how = How(**setup)
     for line in source:
         try:
-            send(target, {"vectors": embed(encoder, value_of(line), how).reshape(-1)})
+            first, texts = value_of(line)
+            send(target, {"vectors": embed(encoder, texts, how, first).reshape(-1)})
         except (EncoderError, torch.OutOfMemoryError) as error:
             send(target, str(error))
 

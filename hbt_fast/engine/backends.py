@@ -112,11 +112,15 @@ class TorchEngine:
         return parameters, moments
 
     def restore(self, moments: dict[str, Tensor], updates: int) -> None:
-        """Set the optimizer to where it was after so many updates (the parameters were loaded before)."""
+        """Set the optimizer to where it was after so many updates (the parameters were loaded before).
+
+        A parameter without moments in the checkpoint never had a gradient, and has none here.
+        """
         self.updates = updates
         for name, p in trained_parameters(self.module):
-            state = {key: moments[f"{name}.{key}"].to(p.device) for key in MOMENTS}
-            self.optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **state}
+            state = {key: moments[f"{name}.{key}"].to(p.device) for key in MOMENTS if f"{name}.{key}" in moments}
+            if state:
+                self.optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **state}
 
 
 class DeepSpeedEngine:
@@ -215,7 +219,7 @@ class DeepSpeedEngine:
             zero.optimizer.state[partition] = {"step": step, **zeros}
         self._link_moments()
         for name, p in trained_parameters(self.module):
-            for key in MOMENTS:
+            for key in (key for key in MOMENTS if f"{name}.{key}" in moments):  # others stay zero
                 safe_set_full_optimizer_state(p, moments[f"{name}.{key}"].to(zero.device), key)
 
     def _link_moments(self) -> None:

@@ -79,7 +79,7 @@ def start(settings: TrainConfig) -> World:
         reuse_freed_memory()
     precision = settings.precision
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = "bf16" if computes_in_bf16(device) else "fp32"
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 and not uses_deepspeed(settings):
@@ -96,6 +96,11 @@ def start(settings: TrainConfig) -> World:
         timeout = timedelta(minutes=settings.timeout_minutes)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None, local)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device is a GPU that has bf16 in hardware; those before Ampere emulate it, slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
