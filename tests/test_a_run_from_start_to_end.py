@@ -43,14 +43,14 @@ def test_a_run_leaves_everything_it_promises(finished):
     ):  # fmt: skip
         assert (run / name).exists(), name
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "step" in r] == list(range(8))
+    assert [r["step"] for r in records if "loss" in r] == list(range(8))
     assert [r["evaluation"] for r in records if "evaluation" in r] == ["before training", "after training"]
-    assert {r["kind"] for r in records if "step" in r} == {"mono", "cross"}
+    assert {r["kind"] for r in records if "loss" in r} == {"mono", "cross"}
     drawn = [r for r in records if "drawn_until" in r]
     assert [r["drawn_until"] for r in drawn] == [4, 8]
     assert sum(drawn[-1]["pairs"].values()) == 8 * 24
     assert sum(drawn[-1]["batches"].values()) == 8
-    assert all(0 <= r["waited"] <= r["seconds"] for r in records if "step" in r)
+    assert all(0 <= r["waited"] <= r["seconds"] for r in records if "loss" in r)
     card = (run / "model" / "README.md").read_text()
     for words in ("hybrid batches", "cldr: 400 rows", "rank distance", '"query": "Query: "'):
         assert words in card
@@ -90,7 +90,7 @@ def test_a_run_that_stopped_halfway_goes_on_to_the_same_end(finished, tmp_path, 
         assert whole.keys() == resumed.keys()
         assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "step" in r] == list(range(8))
+    assert [r["step"] for r in records if "loss" in r] == list(range(8))
     whole = [json.loads(line) for line in (finished / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r for r in records if "drawn_until" in r] == [r for r in whole if "drawn_until" in r]
 

@@ -31,6 +31,7 @@ from hbt_fast.data.tokenise import RowError
 from hbt_fast.data.workers import Workers
 from hbt_fast.encoder.model import Encoder, EncoderError
 from hbt_fast.encoder.vector_file import VectorFile
+from hbt_fast.heap import trim_heap
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -226,6 +227,7 @@ def _here(encoder: Encoder, pieces: Iterator[tuple[int, list[str]]], how: How, b
             ahead.append(threads.submit(_packed, encoder, *piece, how))
             if len(ahead) == 2:
                 yield _embedded(encoder, ahead.popleft().result(), how, bar)
+                trim_heap()
         while ahead:
             yield _embedded(encoder, ahead.popleft().result(), how, bar)
 

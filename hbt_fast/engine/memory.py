@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hbt_fast.data.pack import MicroBatch
+from hbt_fast.heap import trim_heap
 
 GIB = 2**30
 CPU_SHARE, GPU_SHARE = 0.5, 0.9  # of the free memory: a CPU's is everybody's
@@ -72,8 +73,7 @@ def give_back(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
 
 
 def used_bytes(device: torch.device) -> int:
