@@ -265,7 +265,12 @@ def setting_names(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 def _hint(message: str) -> str:
-    """The nearest right setting for every unknown one that an error message names."""
+    """The nearest right setting for every unknown one that an error message names, or the nearest right value."""
+    if "does not exist" in message or "parsing config" in message:
+        return ""
+    if given := re.search(r"Literal\[(.*?)\]. Got value: (\S+)", message):
+        near = difflib.get_close_matches(given[2], re.findall(r"'([^']+)'", given[1]), 1, 0.6)
+        return f"\ndid you mean {near[0]}?" if near else ""
     known = setting_names()
     leaves = [f.name for f in fields(Source)] + [name.rpartition(".")[2] for name in known]
     for word in re.findall(r"[\w.]+", message):

@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: a GPU if there is one"
     )
     parser.add_argument("--dimensions", type=at_least_one, metavar="N", help="use the first N, normalised again")
-    index = "what the search for language bias goes through; the cut-offs of an approximate one get a line of their own"
+    index = "search by this too: what an approximate index finds gets a line of its own, all else is exact"
     parser.add_argument("--index", choices=["flat", "ivf", "ivf-pq"], help=index)
     cache = (
         "keep vectors here for the next time; none: do not. Default: $XDG_CACHE_HOME or ~/.cache/hbt_fast/embeddings"

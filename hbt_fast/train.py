@@ -103,6 +103,8 @@ def train(config: Config) -> Path:
         folder, resumed = checkpoint_of_all(world, run, identity)
         if folder:
             log.say(f"resuming from {folder}: {resumed.step} of {config.train.steps} steps are done")
+        else:
+            log.say(f"no checkpoint in {run} to go on from: training begins at its first step")
     before = evaluator.before(towers)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()
     first, skipped = resumed.step, resumed.progress.get("skipped", 0)

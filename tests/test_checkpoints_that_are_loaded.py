@@ -179,3 +179,10 @@ def test_a_folder_of_two_encoders_says_which_to_give(make_encoder, tmp_path):
     with pytest.raises(EncoderError, match=r"model holds two encoders; give .*model/query for queries or .*/passage"):
         Encoder.from_pretrained(tmp_path / "model")
     Encoder.from_pretrained(tmp_path / "model" / "query")
+
+
+def test_the_folder_of_a_run_is_told_where_its_encoder_is(save, tmp_path):
+    (tmp_path / "run").mkdir()
+    save("bert").rename(tmp_path / "run" / "model")
+    with pytest.raises(EncoderError, match=rf"give {tmp_path}/run/model, the encoder that it exported"):
+        Encoder.from_pretrained(tmp_path / "run")

@@ -294,6 +294,7 @@ def test_an_approximate_index_has_a_line_of_its_own(tmp_path):
     assert list(approximate.cutoffs) == ["own", "all", "all, by ivf"]
     assert "| all, by ivf | 1.0000 |" in approximate.to_markdown()
     assert approximate.cutoffs["all"] == exact.cutoffs["all"]
+    assert approximate.bias == exact.bias
     # A question with the very vector of its answer is in the cluster that is looked at.
     assert approximate.cutoffs["all, by ivf"] == pytest.approx({"ndcg@10": 1.0, "recall@100": 1.0, "mrr@10": 1.0})
 

@@ -40,7 +40,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
     [
         ("train.stepz=3", "did you mean train.steps"),
         ("--train.learning_rat=3", "did you mean train.learning_rate"),
-        ("batch.strategy=hybird", "batch.strategy"),
+        ("batch.strategy=hybird", "did you mean hybrid?"),
         ("train.steps=many", "train.steps"),
         ("data.sources=[{pth: x}]", "did you mean path"),
     ],
@@ -49,6 +49,14 @@ def test_a_wrong_setting_is_named_with_the_nearest_right_one(argument, hint):
     with pytest.raises(SystemExit) as error:
         parsed(argument)
     assert hint in str(error.value)
+
+
+def test_nothing_is_meant_where_no_setting_is_wrong(tmp_path):
+    (tmp_path / "a.yaml").write_text("batch:\n  size: 3\n bad: 4\n")
+    for arguments in (("--config", str(tmp_path / "config.yml")), ("--config", str(tmp_path / "a.yaml"))):
+        with pytest.raises(SystemExit) as error:
+            parsed(*arguments)
+        assert "did you mean" not in str(error.value)
 
 
 def test_a_wrong_key_in_a_file_is_named(tmp_path):

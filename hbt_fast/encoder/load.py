@@ -41,6 +41,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
     if not (Path(path) / "config.json").exists() and (Path(path) / "query" / "config.json").exists():
         raise EncoderError(f"{path} holds two encoders; give {path}/query for queries or {path}/passage for passages")
+    if not (Path(path) / "config.json").exists() and (Path(path) / "model" / "config.json").exists():
+        raise EncoderError(f"{path} is the folder of a run; give {path}/model, the encoder that it exported")
     with _refusals(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast:

@@ -48,7 +48,8 @@ def draw_all(comparison: Comparison, runs: Sequence[Run], curves: Sequence[Curve
             figures["heat-maps-difference"] = draw_pair_differences(comparison, rows, columns, cells_RXY)
         if "mul" in comparison.measures and "rank_distance" in comparison.measures:
             figures["rank-distance"] = draw_distances(comparison)
-        if any(len(points) > 1 for curve in curves for points in curve.values()) and _measured(curves):
+        more_than_ends = any(sum(map(len, curve.values())) > 2 for curve in curves)
+        if more_than_ends and _measured(curves):
             figures["learning-curves"] = draw_curves(comparison.names, curves, comparison.task)
         paths = []
         for name, figure in figures.items():

@@ -121,7 +121,8 @@ def heat_map(results: Results, path: str | Path, before: Results | None = None) 
             f"{NAMES[key]} {value:,.0f}" if key == "rank_distance" else f"{NAMES[key]} {value:.3f}"
             for key, value in panel.figures().items()
         ]
-        name = ": ".join(part for part in dict.fromkeys((when, panel.model)) if part) or "mAP"
+        said = when and not panel.model.startswith(when)  # a run's evaluation is called "before training" already
+        name = ": ".join(filter(None, [when if said else "", panel.model])) or "mAP"
         titles.append(title_of(name, len(columns), figures))
         cells.append(np.column_stack([np.array(panel.matrix, float), np.array(panel.mul_by_language, float)]))
     save(heat_maps(titles, results.languages, columns, np.stack(cells), f"mAP, {results.task}"), path)
