@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hbt_fast.base.programs import program
+
 if TYPE_CHECKING:
     from hbt_fast.evaluation.compare_plots import Curve
 
@@ -49,13 +51,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit status: 0, or 2 after a message on stderr for what the user can put right.
+@program("hbt_fast.compare")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare from the command line.
 
     Without the values of every query the figures are shown all the same, and the status is 2.
     """
     args = parse(argv)
-    from hbt_fast.data.rows import DataError
     from hbt_fast.evaluation.compare import CompareError, compare_runs
     from hbt_fast.evaluation.compare_report import to_markdown
     from hbt_fast.evaluation.compared import (
@@ -68,27 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from hbt_fast.evaluation.load import parse_groups
 
-    try:
-        runs = read_runs(args.runs)
-        groups = groups_of(runs, parse_groups(args.groups) if args.groups else None)
-        missing = without_values(runs)
-        if missing:
-            comparison, remarks = figures_only(runs, groups), [f"Figures only: {missing}."]
-        else:
-            names, values = [run.name for run in runs], [run.values for run in runs]
-            options = {"resamples": args.resamples, "level": args.level, "seed": args.seed, "groups": groups}
-            comparison = compare_runs(names, values, **options)
-            remarks = check_values(runs, comparison)
-        remarks += other_settings(runs)
-        print(to_markdown(comparison, remarks))
-        if args.out:
-            print("wrote " + ", ".join(map(str, write(args.out, comparison, runs, remarks))))
-        if missing:
-            raise CompareError(missing)
-    except (CompareError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    runs = read_runs(args.runs)
+    groups = groups_of(runs, parse_groups(args.groups) if args.groups else None)
+    missing = without_values(runs)
+    if missing:
+        comparison, remarks = figures_only(runs, groups), [f"Figures only: {missing}."]
+    else:
+        names, values = [run.name for run in runs], [run.values for run in runs]
+        options = {"resamples": args.resamples, "level": args.level, "seed": args.seed, "groups": groups}
+        comparison = compare_runs(names, values, **options)
+        remarks = check_values(runs, comparison)
+    remarks += other_settings(runs)
+    print(to_markdown(comparison, remarks))
+    if args.out:
+        print("wrote " + ", ".join(map(str, write(args.out, comparison, runs, remarks))))
+    if missing:
+        raise CompareError(missing)
 
 
 def write(folder: Path, comparison, runs: Sequence, remarks: Sequence[str]) -> list[Path]:  # noqa: ANN001
@@ -146,4 +143,4 @@ def learning_curve(folder: Path | None) -> Curve:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hbt_fast.base.errors import UserError
 from hbt_fast.data.shares import BatchConfig
 from hbt_fast.data.sources import Source
 from hbt_fast.encoder.scratch import ScratchConfig
@@ -234,7 +235,7 @@ def parse(program: str, description: str, arguments: Sequence[str] | None = None
         parsed = made.instantiate(made.parse_args(arguments))
     except ArgumentError as error:
         message = str(error).strip()
-        raise SystemExit(f"{program}: {message}{_hint(message)}\n(--help lists the settings)") from None
+        raise UserError(f"{message}{_hint(message)}\n(--help lists the settings)") from None
     return Config(**{group.name: parsed[group.name] for group in fields(Config)})
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hbt_fast.base.programs import program
 from hbt_fast.data.rows import DataError
 from hbt_fast.encoder.pooling import POOLINGS
 
@@ -131,45 +132,41 @@ def texts_of(files: Sequence[str], fields: Sequence[str] | None) -> Iterator[str
             yield " ".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit status: 0, or 2 after a message on stderr for what the user can put right."""
+@program("hbt_fast.encode", ValueError)  # what libraries raise for files of people
+def main(argv: Sequence[str] | None = None) -> None:
+    """Encode from the command line."""
     args = parse(argv)
     import torch
 
     from hbt_fast.encoder.encoding import check_devices
 
-    try:
-        # a wrong path is said before a model is loaded, and a broken first line
-        next(texts_of(args.files, args.field), None)
-        devices = args.devices.split(",") if args.devices else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if args.precision == "int8":
-            if args.devices not in (None, "cpu"):
-                raise DataError(
-                    f"--precision int8 runs on the CPU, in one process, and --devices is {args.devices}; leave one out"
-                )
-            devices = ["cpu"]
-        check_devices(devices)
-        device = devices[0] if len(devices) == 1 else "cpu"
-        encoder, prompt = load_encoder(args, device), _prompt(args)
-        if len(devices) > 1 and args.precision == "auto":
-            encoder.to(native_dtype(devices[0]))
-        started = time.perf_counter()
-        vectors_nd = encoder.encode(
-            texts_of(args.files, args.field),
-            prompt,
-            batch_tokens=args.batch_tokens,
-            dimensions=args.dimensions,
-            dtype=args.dtype,
-            devices=devices if len(devices) > 1 else None,
-            out=args.out,
-            progress=sys.stderr.isatty(),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # a wrong path is said before a model is loaded, and a broken first line
+    next(texts_of(args.files, args.field), None)
+    devices = args.devices.split(",") if args.devices else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if args.precision == "int8":
+        if args.devices not in (None, "cpu"):
+            raise DataError(
+                f"--precision int8 runs on the CPU, in one process, and --devices is {args.devices}; leave one out"
+            )
+        devices = ["cpu"]
+    check_devices(devices)
+    device = devices[0] if len(devices) == 1 else "cpu"
+    encoder, prompt = load_encoder(args, device), _prompt(args)
+    if len(devices) > 1 and args.precision == "auto":
+        encoder.to(native_dtype(devices[0]))
+    started = time.perf_counter()
+    vectors_nd = encoder.encode(
+        texts_of(args.files, args.field),
+        prompt,
+        batch_tokens=args.batch_tokens,
+        dimensions=args.dimensions,
+        dtype=args.dtype,
+        devices=devices if len(devices) > 1 else None,
+        out=args.out,
+        progress=sys.stderr.isatty(),
+    )
     (count, dimensions), took = vectors_nd.shape, time.perf_counter() - started
     print(f"{args.out}: {count:,} vectors of {dimensions} dimensions, {args.dtype}; {count / took:,.0f} texts/s")
-    return 0
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -196,4 +193,4 @@ def at_least_one(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

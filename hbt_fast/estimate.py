@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from hbt_fast.base.programs import program
 from hbt_fast.config import Config, parse
 from hbt_fast.data.feed import RankBatch, rank_batch, rows_of
+from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World, start, uses_deepspeed
 from hbt_fast.engine.memory import GIB, KeptGraphs, fitted, resident_bytes
 from hbt_fast.engine.step import FIRST_TOKENS
 from hbt_fast.loss import explain, info_nce_with_grad
 from hbt_fast.prepare import prepare
-from hbt_fast.train import USER_ERRORS, build, make_planner, make_rewrite
+from hbt_fast.train import build, make_planner, make_rewrite
 
 if TYPE_CHECKING:
     from hbt_fast.encoder.towers import Towers
@@ -77,6 +79,7 @@ class Estimate:
         return "\n".join([*lines, f"{total:9.2f} s    per step: {self.pairs / total:,.0f} pairs/s"])
 
 
+@program("hbt_fast.estimate")
 def main(arguments: list[str] | None = None) -> None:
     """Estimate from the command line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -86,14 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             world = int(arguments[at + 1])
         except (IndexError, ValueError):
-            sys.exit("hbt_fast.estimate: --world wants the number of ranks, such as --world 8")
+            raise SettingError("--world wants the number of ranks, such as --world 8") from None
         del arguments[at : at + 2]
-    config = parse("hbt_fast.estimate", __doc__.splitlines()[0], arguments)
-    try:
-        print(estimate(config, world))
-    except USER_ERRORS as error:
-        print(f"hbt_fast.estimate: {error}", file=sys.stderr)
-        sys.exit(2)
+    print(estimate(parse("hbt_fast.estimate", __doc__.splitlines()[0], arguments), world))
 
 
 def estimate(config: Config, world: int = 1) -> Estimate:

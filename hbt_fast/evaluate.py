@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hbt_fast.base.programs import program
 from hbt_fast.data.rows import DataError
 from hbt_fast.encode import add_encoder_arguments, at_least_one, load_encoder
 
@@ -130,32 +131,28 @@ def load_task(args: argparse.Namespace) -> RetrievalTask | BitextTask:
     return replace(task, groups=parse_groups(args.groups)) if args.groups else task
 
 
-def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, str], Any] = load_encoder) -> int:
-    """Runs the program; returns its exit status: 0, or 2 after a message on stderr for what the user can put right."""
+@program("hbt_fast.evaluate", ValueError)  # what libraries raise for files of people
+def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, str], Any] = load_encoder) -> None:
+    """Evaluate from the command line."""
     args = parse(argv)
     import torch
 
-    try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise DataError("--device cuda, but torch sees no GPU; take --device cpu or auto")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        # Cheap checks first: nobody should wait for a model to learn that a path is wrong.
-        task = load_task(args)
-        before = _read_before(args.before, task) if args.before else None
-        print(_described(task))
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-        encoder = load(args, device)
-        settings = _settings(encoder, args)
-        prompts, lines = choose_prompts(args)
-        print("\n".join(lines))
-        encoder = _cached(encoder, args)
-        run = _bitext if args.task == "bitext" else _retrieval
-        run(args, encoder, task, prompts, settings, before)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda, but torch sees no GPU; take --device cpu or auto")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    # Cheap checks first: nobody should wait for a model to learn that a path is wrong.
+    task = load_task(args)
+    before = _read_before(args.before, task) if args.before else None
+    print(_described(task))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    encoder = load(args, device)
+    settings = _settings(encoder, args)
+    prompts, lines = choose_prompts(args)
+    print("\n".join(lines))
+    encoder = _cached(encoder, args)
+    run = _bitext if args.task == "bitext" else _retrieval
+    run(args, encoder, task, prompts, settings, before)
 
 
 def _described(task: RetrievalTask | BitextTask) -> str:
@@ -238,4 +235,4 @@ def _read_before(file: Path, task: RetrievalTask) -> Results:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

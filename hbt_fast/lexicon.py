@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hbt_fast.base.programs import program
 from hbt_fast.data.align import induce, write
 from hbt_fast.data.languages import normalise
 from hbt_fast.data.rows import DataError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PROGRAM = "hbt_fast.lexicon"
 
 
+@program(PROGRAM)
 def main(arguments: list[str] | None = None) -> None:
     """Make a dictionary from the command line and say what is in it."""
     from jsonargparse import ArgumentError
@@ -44,9 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         write(entries, path)
     except ArgumentError as error:
-        _stop(f"{str(error).strip()}\n(--help lists the settings)")
-    except (DataError, OSError) as error:
-        _stop(str(error))
+        raise DataError(f"{str(error).strip()}\n(--help lists the settings)") from None
     sources = len({entry.source for entry in entries})
     print(f"{len(entries):,} entries for {sources:,} words from {counter[0]:,} sentence pairs: {path}")
     if skipped:
@@ -116,11 +116,6 @@ def _paths_as_settings(arguments: Sequence[str]) -> list[str]:
         made.append(re.sub(r"^--source=(?!\s*{)", "--source.path=", argument))
         before = argument
     return made
-
-
-def _stop(message: str) -> None:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any, TextIO
 import docstring_parser
 import numpy as np
 
+from hbt_fast.base.files import sync
+from hbt_fast.base.programs import program
 from hbt_fast.config import Config, parse, parser
-from hbt_fast.data.draft import sync_folder
 from hbt_fast.data.mining import (
     ENOUGH,
     NO_POSITIVE,
@@ -51,14 +52,11 @@ CHUNK = 8192  # texts whose embeddings are one file of the cache, which is there
 Load = Callable[[str, Config], tuple[Any, str]]  # model -> an encoder, and a word that changes with its vectors
 
 
+@program(PROGRAM)
 def main(arguments: list[str] | None = None, load: Load | None = None) -> None:
     """Mine from the command line and say what was found; `load` is there for tests."""
-    try:
-        options, config = settings(sys.argv[1:] if arguments is None else arguments)
-        print(run(options, config, load or load_encoder))
-    except (DataError, EncoderError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        sys.exit(2)
+    options, config = settings(sys.argv[1:] if arguments is None else arguments)
+    print(run(options, config, load or load_encoder))
 
 
 def settings(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
@@ -88,12 +86,7 @@ def settings(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         print("\nThe settings of the run, as --config FILE.yaml and overrides (model.* and data.* are used):\n")
         parser(PROGRAM, "").print_help()
         sys.exit(0)
-    try:
-        config = parse(PROGRAM, __doc__.splitlines()[0], others)
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            raise DataError(stop.code.removeprefix(f"{PROGRAM}: ")) from None
-        raise
+    config = parse(PROGRAM, __doc__.splitlines()[0], others)
     options.mining = MiningConfig(**{field.name: getattr(options, field.name) for field in fields(MiningConfig)})
     options.mining.check()
     options.model = options.model or config.model.path
@@ -241,7 +234,7 @@ def _rename(files: list[tuple[Any, Path, Path]]) -> None:
         os.fsync(file.fileno())
     for _, begun, path in files:
         begun.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write(out: str, config: Config, store: Store, task: Task, found: Mined, scores: bool = False) -> list[Path]:

@@ -5,32 +5,27 @@ python -m hbt_fast.plan --config configs/demo.yaml
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from hbt_fast.base.programs import program
 from hbt_fast.config import parse
 from hbt_fast.data.counts import DrawCounts
 from hbt_fast.data.feed import rank_batch
 from hbt_fast.data.plan import BatchPlanner
-from hbt_fast.data.rows import DataError
-from hbt_fast.encoder import EncoderError
 from hbt_fast.engine.step import FIRST_TOKENS
 from hbt_fast.prepare import prepare
 
 SAMPLE = 200  # language pairs and padding are counted over at most so many steps, spread over the run
 
 
+@program("hbt_fast.plan")
 def main(arguments: list[str] | None = None) -> None:
     """Report from the command line."""
     config = parse("hbt_fast.plan", __doc__.splitlines()[0], arguments)
-    try:
-        store, _ = prepare(config)
-        planner = BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
-    except (DataError, EncoderError) as error:
-        print(f"hbt_fast.plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    store, _ = prepare(config)
+    planner = BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
     budget = config.train.micro_batch_tokens
     budget = FIRST_TOKENS["cpu"] if budget == "auto" else budget
     text, counts = report(planner, config.train.steps, budget)

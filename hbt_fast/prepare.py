@@ -6,7 +6,6 @@ python -m hbt_fast.prepare --config configs/demo.yaml
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from hbt_fast.base.programs import program
 from hbt_fast.config import Config, ModelConfig, parse
 from hbt_fast.data.build import build_source, tokenizer_options
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
 from hbt_fast.encoder.load import load_tokenizer
-from hbt_fast.encoder.model import EncoderError
 from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.engine.launch import World
 
@@ -31,14 +30,10 @@ if TYPE_CHECKING:
 BLOCK = 1 << 22  # elements of an array looked at at a time
 
 
+@program("hbt_fast.prepare")
 def main(arguments: list[str] | None = None) -> None:
     """Prepare from the command line and say what is there."""
-    config = parse("hbt_fast.prepare", __doc__.splitlines()[0], arguments)
-    try:
-        store, _ = prepare(config)
-    except (DataError, EncoderError) as error:
-        print(f"hbt_fast.prepare: {error}", file=sys.stderr)
-        sys.exit(2)
+    store, _ = prepare(parse("hbt_fast.prepare", __doc__.splitlines()[0], arguments))
     print(summary(store))
 
 

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hbt_fast.base.programs import program
 from hbt_fast.config import Config, dump
-from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.report import comparison, write_report
 from hbt_fast.run_page import write_page
 
 
+@program("hbt_fast.report")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of a run folder from the command line."""
     made = argparse.ArgumentParser("hbt_fast.report", description="Write RUN/report.html from what a run left behind.")
     made.add_argument("run", type=Path, help="the run folder (train.run_dir); the run may have been stopped")
-    try:
-        print(write_page(made.parse_args(arguments).run))
-    except DataError as error:
-        sys.exit(f"hbt_fast.report: {error}")
+    print(write_page(made.parse_args(arguments).run))
 
 
 def before_and_after(before: Results | None, after: Results | None, run: Path) -> dict[str, Path]:

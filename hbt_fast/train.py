@@ -15,16 +15,14 @@ if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file_
 
 from typing import TYPE_CHECKING
 
+from hbt_fast.base.programs import end, program
 from hbt_fast.config import Config, parse
 from hbt_fast.data.feed import Feed
 from hbt_fast.data.plan import BatchPlanner
-from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
 from hbt_fast.data.switching import Switching
-from hbt_fast.encoder import EncoderError
 from hbt_fast.encoder.encoding import weights_checksum
 from hbt_fast.encoder.towers import Towers, make_towers
-from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -33,16 +31,14 @@ from hbt_fast.engine.checkpoint import (
     save_checkpoint,
 )
 from hbt_fast.engine.evaluator import Evaluator, spread
-from hbt_fast.engine.guard import DivergedError, SkippedSteps
-from hbt_fast.engine.launch import World, lost_a_rank, make_engine, start
+from hbt_fast.engine.guard import SkippedSteps
+from hbt_fast.engine.launch import World, leave, lost_a_rank, make_engine, start
 from hbt_fast.engine.loop import train_steps
 from hbt_fast.engine.objective import check_loss
 from hbt_fast.engine.runlog import AFTER, DURING, RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
-from hbt_fast.engine.signals import StoppedError
 from hbt_fast.engine.step import Stepper
 from hbt_fast.engine.validation import Validation, check_evaluation
-from hbt_fast.evaluation.run import EvaluationError
 from hbt_fast.prepare import prepare, roles
 from hbt_fast.report import before_and_after, write_model_card
 
@@ -52,9 +48,8 @@ if TYPE_CHECKING:
 
     from hbt_fast.evaluation.metrics import Results
 
-USER_ERRORS = (DataError, EncoderError, CheckpointError, SettingError, DivergedError, EvaluationError)
 
-
+@program("hbt_fast.train")
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line; errors that a user can mend end the program with one message and status 2.
 
@@ -63,20 +58,13 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse("hbt_fast.train", __doc__.splitlines()[0], arguments)
     try:
         train(config)
-    except USER_ERRORS as error:
-        _end(str(error), 2)
-    except StoppedError as stopped:
-        _end(str(stopped), 128 + stopped.number)
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
         reason = str(error).splitlines()[0]
-        _end(f"another rank is gone, its own output says why ({reason}); train.resume=true goes on", 1)
-
-
-def _end(message: str, status: int) -> None:
-    print(f"hbt_fast.train: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
+        end("hbt_fast.train", f"another rank is gone, its own output says why ({reason}); train.resume=true goes on", 1)
+    finally:
+        leave()
 
 
 def train(config: Config) -> Path:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from programs import status
 from scipy import stats
 
 from hbt_fast import compare as program
@@ -310,7 +311,7 @@ def bitext(folder):
 def test_bitext_of_very_many_directions_is_compared_by_source(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hbt_fast.evaluation.bitext.MOST_QUERIES", 100)
     files, results = bitext(tmp_path)
-    assert program.main([*map(str, files), "--resamples", "100"]) == 0
+    assert status(program.main, [*map(str, files), "--resamples", "100"]) == 0
     printed = capsys.readouterr().out
     assert "80 queries of 20 questions, 4 directions." in printed
     direction = dict(zip(zip(results.sources, results.targets, strict=True), results.measures["accuracy"], strict=True))
@@ -326,21 +327,21 @@ def test_bitext_of_very_many_directions_is_compared_by_source(tmp_path, monkeypa
 
 def test_bitext_is_compared_into_and_out_of_english_too(tmp_path, capsys):
     files, results = bitext(tmp_path)
-    assert program.main([*map(str, files), "--resamples", "100", "--out", str(tmp_path / "out")]) == 0
+    assert status(program.main, [*map(str, files), "--resamples", "100", "--out", str(tmp_path / "out")]) == 0
     table = json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf-8"))
     by_group = table["measures"]["accuracy"]["by_group"]
     means = {name: mean["accuracy"] for name, mean in results.means.items() if name != "all directions"}
     assert {name: entries[1]["value"] for name, entries in by_group.items()} == pytest.approx(means)
     assert table["groups"]["low: within"] == ["de>yo", "yo>de"]
     (tmp_path / "0.queries.npz").unlink()
-    assert program.main([*map(str, files), "--out", str(tmp_path / "figures")]) == 2
+    assert status(program.main, [*map(str, files), "--out", str(tmp_path / "figures")]) == 2
     table = json.loads((tmp_path / "figures" / "table.json").read_text(encoding="utf-8"))
     accuracy = table["measures"]["accuracy"]
     assert {name: entries[1]["value"] for name, entries in accuracy["by_group"].items()} == pytest.approx(means)
     directions = map("{}>{}".format, results.sources, results.targets)
     stated = dict(zip(directions, results.measures["accuracy"], strict=True))
     assert {name: entries[1]["value"] for name, entries in accuracy["by_language"].items()} == stated
-    assert program.main([*map(str, files), "--groups", "low=xx"]) == 2
+    assert status(program.main, [*map(str, files), "--groups", "low=xx"]) == 2
     assert "group 'low': no language xx; there are de, en, en-GB, yo" in capsys.readouterr().err
 
 
@@ -366,7 +367,7 @@ def test_queries_that_differ_are_named():
 
 def test_the_program_prints_and_writes_everything(files, tmp_path, capsys):
     out = tmp_path / "out"
-    assert program.main([*files, "--out", str(out), "--resamples", "200"]) == 0
+    assert status(program.main, [*files, "--out", str(out), "--resamples", "200"]) == 0
     printed = capsys.readouterr().out
     assert "| run | Mo | Cr | Mul | rank distance |" in printed
     assert "## Differences to a" in printed
@@ -389,17 +390,17 @@ def test_groups_come_from_the_result_file_or_the_command_line(tmp_path, capsys):
         results, values = evaluated(seed)
         grouped = replace(results, group_languages={"far": ["ar", "zh"]})
         files.append(write(tmp_path, name, grouped, values))
-    assert program.main([*files, "--resamples", "100"]) == 0
+    assert status(program.main, [*files, "--resamples", "100"]) == 0
     printed = capsys.readouterr().out
     row = re.search(r"## By group.*?Mul\n\n.*?\| far \| (0\.\d{4})", printed, re.DOTALL)
     means = [np.mean([evaluated(0)[0].of_language("mul")[i] for i in (0, 2)])]
     assert float(row[1]) == pytest.approx(means[0], abs=5e-5)
     assert "far: ar, zh." in printed
     out = tmp_path / "out"
-    assert program.main([*files, "--groups", "west=de", "--resamples", "100", "--out", str(out)]) == 0
+    assert status(program.main, [*files, "--groups", "west=de", "--resamples", "100", "--out", str(out)]) == 0
     assert "| far |" not in capsys.readouterr().out
     assert r"  west & " in (out / "table.tex").read_text(encoding="utf-8")
-    assert program.main([*files, "--groups", "west"]) == 2
+    assert status(program.main, [*files, "--groups", "west"]) == 2
     assert 'write "low=sw,yo;high=en,de"' in capsys.readouterr().err
 
 
@@ -426,11 +427,11 @@ def test_run_folders_are_compared_with_their_learning_curves(tmp_path, capsys):
         "rank distance, lower is better",
     ]
     runs = [str(tmp_path / "mono"), str(tmp_path / "hybrid")]
-    assert program.main([*runs, "--out", str(tmp_path / "out"), "--resamples", "100"]) == 0
+    assert status(program.main, [*runs, "--out", str(tmp_path / "out"), "--resamples", "100"]) == 0
     assert (tmp_path / "out" / "learning-curves.png").is_file()
     assert "| hybrid |" in capsys.readouterr().out
     before = [f"{name}/evaluation-before.json" for name in runs[:1]]
-    assert program.main([*before, runs[0], "--resamples", "100"]) == 0
+    assert status(program.main, [*before, runs[0], "--resamples", "100"]) == 0
     assert "| evaluation-before |" in capsys.readouterr().out
 
 
@@ -465,7 +466,7 @@ def test_names_come_from_paths_as_far_as_they_must(tmp_path):
 
 def test_without_values_of_queries_the_figures_are_shown_and_what_is_missing_is_said(files, tmp_path, capsys):
     (tmp_path / "b.queries.npz").unlink()
-    assert program.main([*files, "--out", str(tmp_path / "out")]) == 2
+    assert status(program.main, [*files, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert re.search(r"\| b \| 0\.\d{4} \| 0\.\d{4} \| 0\.\d{4} \| \d+\.\d \|", said.out)
     assert "b.queries.npz is not there" in said.err
@@ -500,9 +501,9 @@ def test_what_cannot_be_compared_is_said_in_words(files, tmp_path, capsys):
         "empty": "no evaluation.json in it",
         "nowhere.json": "no such file",
     }.items():
-        assert program.main([files[0], str(tmp_path / name), "--resamples", "100"]) == 2, name
+        assert status(program.main, [files[0], str(tmp_path / name), "--resamples", "100"]) == 2, name
         assert re.search(words, capsys.readouterr().err), name
-    assert program.main(files[:1]) == 2
+    assert status(program.main, files[:1]) == 2
     assert "one run" in capsys.readouterr().err
     for wrong in (["--resamples", "5"], ["--level", "1"], ["--seed", "-1"], ["--out", files[0]]):
         with pytest.raises(SystemExit, match="2"):
@@ -511,7 +512,7 @@ def test_what_cannot_be_compared_is_said_in_words(files, tmp_path, capsys):
 
 def test_an_average_over_other_weights_than_the_result_files_is_remarked(tmp_path, capsys):
     paths = [write(tmp_path, name, *evaluated(seed, holes=True)) for seed, name in enumerate("ab")]
-    assert program.main([*paths, "--resamples", "100"]) == 0
+    assert status(program.main, [*paths, "--resamples", "100"]) == 0
     assert "as its result file averages, over language pairs" in capsys.readouterr().out
 
 
@@ -544,7 +545,7 @@ def test_settings_that_differ_are_remarked(tmp_path, capsys):
         results, values = evaluated(seed)
         settings = {"precision": "fp32", "max_length": length} | ({"index": "flat"} if seed else {})
         files.append(write(tmp_path, name, replace(results, settings=settings), values))
-    assert program.main([*files, "--resamples", "100"]) == 0
+    assert status(program.main, [*files, "--resamples", "100"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("Evaluated with another") == 1
     assert "Evaluated with another max_length: a 512, b 256." in printed
@@ -552,7 +553,8 @@ def test_settings_that_differ_are_remarked(tmp_path, capsys):
 
 def test_names_with_dollars_are_no_formulas(files, tmp_path):
     out = tmp_path / "out"
-    assert program.main([rf"$\foo$_{{={files[0]}", f"$x_{{$y={files[1]}", "--out", str(out), "--resamples", "100"]) == 0
+    runs = [rf"$\foo$_{{={files[0]}", f"$x_{{$y={files[1]}"]
+    assert status(program.main, [*runs, "--out", str(out), "--resamples", "100"]) == 0
     assert (out / "heat-maps-difference.png").is_file()
     results = replace(evaluated(0)[0], model="runs/$x_{$y")
     assert write_report(results, tmp_path / "one.json")[-1].is_file()
@@ -594,4 +596,5 @@ def test_of_installed_fonts_those_are_taken_that_have_most_of_what_is_missing(mo
 def test_drawing_warns_of_nothing_where_all_is_latin(files, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert program.main([f"ein sehr {'langer ' * 30}Name={files[0]}", files[1], "--out", str(tmp_path / "o")]) == 0
+        runs = [f"ein sehr {'langer ' * 30}Name={files[0]}", files[1]]
+        assert status(program.main, [*runs, "--out", str(tmp_path / "o")]) == 0

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from programs import status
 
 from hbt_fast import encode
 from hbt_fast.encoder import Encoder
@@ -28,22 +29,8 @@ def test_every_line_is_a_text(model, tmp_path, capsys):
     with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(LINES[2:]))
     out = tmp_path / "v.npy"
-    assert (
-        encode.main(
-            [
-                str(model),
-                str(tmp_path / "a.txt"),
-                str(tmp_path / "b.txt.gz"),
-                "--as",
-                "query",
-                "--out",
-                str(out),
-                "--precision",
-                "fp32",
-            ]  # not auto: some CPUs have bf16
-        )
-        == 0
-    )
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt.gz")]
+    encode.main([str(model), *files, "--as", "query", "--out", str(out), "--precision", "fp32"])  # auto may be bf16
     np.testing.assert_array_equal(np.load(out), Encoder.from_pretrained(model).encode(LINES, "Q: "))
     assert f"{out}: 4 vectors of 32 dimensions, float32; " in capsys.readouterr().out
 
@@ -76,7 +63,7 @@ def test_devices_and_precision(model, tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(LINES), encoding="utf-8")
     out = tmp_path / "v.npy"
     options = ["--as", "passage", "--precision", "bf16", "--devices", "cpu,cpu", "--out", str(out)]
-    assert encode.main([str(model), str(tmp_path / "a.txt"), *options]) == 0
+    assert status(encode.main, [str(model), str(tmp_path / "a.txt"), *options]) == 0
     whole = Encoder.from_pretrained(model).encode(LINES, "P: ")
     assert 0 < np.abs(np.load(out) - whole).max() < 0.03
 
@@ -96,7 +83,7 @@ def test_what_is_wrong_is_said(model, tmp_path, capsys, text, options, message):
     if text is not None:
         (tmp_path / "corpus.jsonl").write_text(text, encoding="utf-8")
     arguments = [str(model), str(tmp_path / "corpus.jsonl"), "--prompt", "", "--out", str(tmp_path / "v.npy"), *options]
-    assert encode.main(arguments) == 2
+    assert status(encode.main, arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("v.npy*"))
 
@@ -104,10 +91,10 @@ def test_what_is_wrong_is_said(model, tmp_path, capsys, text, options, message):
 def test_a_prompt_that_is_not_recorded_is_not_made_up(model, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("\n".join(LINES), encoding="utf-8")
     options = [str(model), str(tmp_path / "a.txt"), "--out", str(tmp_path / "v.npy"), "--as", "passage"]
-    assert encode.main(options) == 0
+    assert status(encode.main, options) == 0
     assert "passage prompt 'P: ' (recorded with the model)" in capsys.readouterr().out
     (model / "config_sentence_transformers.json").unlink()
-    assert encode.main(options) == 2
+    assert status(encode.main, options) == 2
     said = f"no prompt is recorded with {model}; in place of --as passage give --prompt with what its model card says"
     assert said in capsys.readouterr().err
 
@@ -118,8 +105,8 @@ def test_8_bits_are_for_the_cpu_also_where_there_are_gpus(model, tmp_path, capsy
     (tmp_path / "a.txt").write_text("\n".join(LINES), encoding="utf-8")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     options = [str(model), str(tmp_path / "a.txt"), "--out", str(tmp_path / "v.npy"), "--as", "query"]
-    assert encode.main([*options, "--precision", "int8"]) == 0
-    assert encode.main([*options, "--precision", "int8", "--devices", "cuda:0,cuda:1"]) == 2
+    assert status(encode.main, [*options, "--precision", "int8"]) == 0
+    assert status(encode.main, [*options, "--precision", "int8", "--devices", "cuda:0,cuda:1"]) == 2
     said = "--precision int8 runs on the CPU, in one process, and --devices is cuda:0,cuda:1; leave one out"
     assert said in capsys.readouterr().err
 

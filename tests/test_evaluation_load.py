@@ -6,6 +6,7 @@ import json
 import zipfile
 
 import pytest
+from programs import status
 from test_evaluation_program import WordEncoder
 from test_evaluation_tasks import paragraph, write
 
@@ -45,7 +46,7 @@ def test_bad_groups_are_named(folder, tmp_path, text, message, capsys):
     (tmp_path / "text.yaml").write_text("en")
     (tmp_path / "broken.yaml").write_text("a: [")
     text = text.replace("FOLDER", str(tmp_path))
-    assert program.main(["m", "--data", str(folder), "--groups", text], lambda args, device: WordEncoder()) == 2
+    assert status(program.main, ["m", "--data", str(folder), "--groups", text], lambda args, device: WordEncoder()) == 2
     assert message in capsys.readouterr().err
 
 
@@ -78,6 +79,6 @@ def test_own_jsonl_may_lie_in_an_archive(tmp_path):
 @pytest.mark.parametrize("task", ["xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank", "bitext"])
 def test_a_folder_in_an_archive_is_refused(task, capsys):
     flags = ["m", "--task", task, "--data", "zip://scifact::beir.zip"]
-    assert program.main(flags, lambda args, device: WordEncoder()) == 2
-    expected = f"error: zip://scifact::beir.zip: {task} is read from a folder; unpack the archive and give its folder\n"
-    assert capsys.readouterr().err == expected
+    assert status(program.main, flags, lambda args, device: WordEncoder()) == 2
+    expected = f"zip://scifact::beir.zip: {task} is read from a folder; unpack the archive and give its folder\n"
+    assert capsys.readouterr().err == f"hbt_fast.evaluate: {expected}"

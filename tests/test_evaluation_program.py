@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from programs import status
 from test_evaluation_tasks import paragraph, write
 
 from hbt_fast import evaluate as program
@@ -100,12 +101,11 @@ def test_report_writes_three_files(results, tmp_path, with_before):
 
 def test_program_prints_and_writes(folder, tmp_path, capsys):
     out = tmp_path / "out.json"
-    status = program.main(
+    program.main(
         [str(tmp_path), "--data", str(folder), "--out", str(out), "--device", "cpu"], lambda args, device: WordEncoder()
     )
     printed = capsys.readouterr().out
     results = Results.from_json(out.read_text())
-    assert status == 0
     assert f"Mo {results.mo:.4f}  Cr {results.cr:.4f}  Mul {results.mul:.4f}  RD {results.rank_distance:.1f}" in printed
     assert "query prompt 'Query: ' (default" in printed
     assert out.with_suffix(".md").is_file()
@@ -124,11 +124,11 @@ def test_program_takes_the_first_dimensions(folder, tmp_path, capsys, make_encod
     model = str(export(make_encoder(), tmp_path / "model"))
     printed = []
     for more in ([], ["--dimensions", "4"]):
-        assert program.main([model, "--data", str(folder), "--precision", "fp32", *more]) == 0
+        assert status(program.main, [model, "--data", str(folder), "--precision", "fp32", *more]) == 0
         printed.append(capsys.readouterr().out)
     assert "32 dimensions" in printed[0]
     assert " 4 dimensions" in printed[1]
-    assert program.main([model, "--data", str(folder), "--dimensions", "64"]) == 2
+    assert status(program.main, [model, "--data", str(folder), "--dimensions", "64"]) == 2
     assert "dimensions is 64; the encoder has 32" in capsys.readouterr().err
 
 
@@ -163,16 +163,18 @@ def test_prompts_come_from_the_command_line_then_the_model_then_the_paper(tmp_pa
 )
 def test_program_ends_with_a_message_and_2(folder, capsys, flags, message):
     flags = [flag.replace("DATA", str(folder)) for flag in flags]
-    assert program.main(["some-model", *flags], lambda args, device: WordEncoder()) == 2
+    assert status(program.main, ["some-model", *flags], lambda args, device: WordEncoder()) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("hbt_fast.evaluate: ")
     assert message in error
 
 
 def test_program_names_a_bad_encoder_and_a_bad_model(folder, tmp_path, capsys):
-    assert program.main(["m", "--data", str(folder)], lambda args, device: WordEncoder(break_text="de one.")) == 2
+    assert (
+        status(program.main, ["m", "--data", str(folder)], lambda args, device: WordEncoder(break_text="de one.")) == 2
+    )
     assert "hold NaN" in capsys.readouterr().err
-    assert program.main([str(tmp_path / "no-model"), "--data", str(folder)]) == 2
+    assert status(program.main, [str(tmp_path / "no-model"), "--data", str(folder)]) == 2
     assert "no-model" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         program.parse(["m", "--data", "d", "--out", "results.txt"])
@@ -189,7 +191,7 @@ def test_program_evaluates_a_real_encoder(folder, tmp_path, make_encoder, capsys
     from hbt_fast.encoder.export import export
 
     export(make_encoder(), tmp_path / "model")
-    assert program.main([str(tmp_path / "model"), "--data", str(folder), "--device", "cpu"]) == 0
+    assert status(program.main, [str(tmp_path / "model"), "--data", str(folder), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "(recorded with the model)" in printed
     assert "Mo " in printed
@@ -226,7 +228,7 @@ def miracl(tmp_path):
 def evaluated(tmp_path, *flags) -> Results:
     out = tmp_path / "out.json"
     arguments = ["m", "--device", "cpu", "--out", str(out), *map(str, flags)]
-    assert program.main(arguments, lambda args, device: WordEncoder()) == 0
+    assert status(program.main, arguments, lambda args, device: WordEncoder()) == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return Results.from_json(out.read_text())
 
@@ -281,7 +283,7 @@ def test_program_evaluates_bitext(tmp_path, capsys):
     arguments = ["m", "--task", "bitext", "--data", str(tmp_path / "data"), "--device", "cpu",
                  "--out", str(tmp_path / "bitext.json")]  # fmt: skip
     encoder = WordEncoder()
-    assert program.main(arguments, lambda args, device: encoder) == 0
+    assert status(program.main, arguments, lambda args, device: encoder) == 0
     assert {prompt for prompt, _ in encoder.calls} == {""}
     assert PerQuery.read(tmp_path / "bitext.queries.npz").measures["accuracy"].shape == (8,)
 
@@ -325,7 +327,7 @@ def test_an_earlier_evaluation_of_another_task_is_refused(results, folder, tmp_p
     ):
         (tmp_path / "before.json").write_text(replace(results, **changed).to_json())
         arguments = ["m", "--data", str(folder), "--before", str(tmp_path / "before.json")]
-        assert program.main(arguments, lambda args, device: WordEncoder()) == 2
+        assert status(program.main, arguments, lambda args, device: WordEncoder()) == 2
         assert f"before.json {message}" in capsys.readouterr().err
 
 
@@ -341,7 +343,6 @@ def test_bars_are_drawn_with_an_earlier_evaluation_beside(miracl, tmp_path):
 def test_a_folder_that_cannot_be_made_is_said_before_a_model_is_loaded(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out.json"
-    assert (
-        program.main(["m", "--data", str(folder), "--out", str(out)], lambda args, device: pytest.fail("loaded")) == 2
-    )
-    assert f"'{tmp_path / 'file'}'" in capsys.readouterr().err
+    command = ["m", "--data", str(folder), "--out", str(out)]
+    assert status(program.main, command, lambda args, device: pytest.fail("loaded")) == 2
+    assert f"{tmp_path / 'file'}: " in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hbt_fast.base.errors import UserError
 from hbt_fast.config import TrainConfig, dump, parse
 from hbt_fast.engine.backends import SettingError, deepspeed_config
 from hbt_fast.engine.launch import start
@@ -46,7 +47,7 @@ def test_what_is_written_reads_back_equal(tmp_path):
     ],
 )
 def test_a_wrong_setting_is_named_with_the_nearest_right_one(argument, hint):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(UserError) as error:
         parsed(argument)
     assert hint in str(error.value)
 
@@ -54,14 +55,14 @@ def test_a_wrong_setting_is_named_with_the_nearest_right_one(argument, hint):
 def test_nothing_is_meant_where_no_setting_is_wrong(tmp_path):
     (tmp_path / "a.yaml").write_text("batch:\n  size: 3\n bad: 4\n")
     for arguments in (("--config", str(tmp_path / "config.yml")), ("--config", str(tmp_path / "a.yaml"))):
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(UserError) as error:
             parsed(*arguments)
         assert "did you mean" not in str(error.value)
 
 
 def test_a_wrong_key_in_a_file_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("batch: {siez: 32}\n")
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(UserError) as error:
         parsed("--config", str(tmp_path / "a.yaml"))
     assert "did you mean" in str(error.value)
     assert "size" in str(error.value)

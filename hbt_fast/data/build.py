@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from hbt_fast.base.files import sync, write_whole
 from hbt_fast.data import tokenise
-from hbt_fast.data.draft import KEYS, Draft, sync_folder, write_whole
+from hbt_fast.data.draft import KEYS, Draft
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.store import FORMAT, Role, SourceStore
 from hbt_fast.data.tokenise import ChunkEncoder, PlainRow, RowError, mark
@@ -200,5 +201,5 @@ def _publish(work: Path, folder: Path) -> None:
     for name in ("journal.jsonl", *(f"{key}.npy" for key in KEYS)):
         (work / name).unlink(missing_ok=True)
     work.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     (folder / "lock").unlink()

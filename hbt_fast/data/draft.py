@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hbt_fast.base.files import sync, write_whole
 from hbt_fast.data.contents import label_contents
 from hbt_fast.data.growing import GrowingArray, GrowingPeriodic, GrowingSpans
 from hbt_fast.data.store import ARRAYS, FORMAT
@@ -98,7 +99,7 @@ class Draft:
         """
         for array in self.arrays.values():
             array.sync()
-        sync_folder(self.folder)
+        sync(self.folder)
         self.complete = complete
         line = {
             "identity": self.identity,
@@ -154,23 +155,3 @@ def _counts(chunk: dict[str, Any], numbers: np.ndarray, languages: int) -> dict[
         "cross": np.array([(chunk["field_counts"] > 1).sum()]),
         "any_mono": np.array([np.logical_or.reduceat(mono, starts).sum()]),
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there with all its text or not at all."""
-    begun = path.with_name(path.name + ".begun")
-    with open(begun, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    begun.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the disk keep the names of a folder's files."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

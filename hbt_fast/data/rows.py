@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hbt_fast.base.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Bad input data. The message names the file and line (or the setting) and what to write instead."""
 
 

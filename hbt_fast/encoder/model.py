@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hbt_fast.base.errors import UserError
 from hbt_fast.encoder import packed
 from hbt_fast.encoder.packed import Sequences
 from hbt_fast.encoder.pooling import POOLINGS, Pooling, pool
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 PROMPTS = {"query": "Query: ", "passage": "Passage: "}
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError):
     """A checkpoint, a setting or texts that cannot be used; the message says why and what to do."""
 
 

@@ -13,7 +13,7 @@ from time import monotonic
 import numpy as np
 import xxhash
 
-from hbt_fast.data.draft import sync_folder, write_whole
+from hbt_fast.base.files import sync, write_whole
 from hbt_fast.data.growing import GrowingArray
 from hbt_fast.encoder.model import EncoderError
 
@@ -90,7 +90,7 @@ class VectorFile:
         self.array.finish()
         self.array.path.rename(self.path)
         self._remove()
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
         return np.load(self.path, mmap_mode="r" if self.done else None)
 
     def close(self) -> None:

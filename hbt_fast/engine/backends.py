@@ -31,10 +31,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hbt_fast.base.errors import UserError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class SettingError(ValueError):
+class SettingError(UserError):
     """Settings that do not go together; the message names them and says what to write."""
 
 

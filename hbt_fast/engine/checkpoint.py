@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hbt_fast.base.errors import UserError
+
 FORMAT = 2
 
 
@@ -42,7 +44,7 @@ class Checkpoint(NamedTuple):
     progress: dict
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used or written; the message says which and why."""
 
 

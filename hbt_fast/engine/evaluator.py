@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hbt_fast.data.draft import write_whole
+from hbt_fast.base.files import write_whole
 from hbt_fast.encoder.model import EncoderError
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.encode import SharedEncoder

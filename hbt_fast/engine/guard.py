@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from hbt_fast.base.errors import UserError
 from hbt_fast.engine.backends import SettingError
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from hbt_fast.engine.runlog import RunLog
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """Too many steps in a row without a finite gradient."""
 
 

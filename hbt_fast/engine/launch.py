@@ -98,6 +98,16 @@ def start(settings: TrainConfig) -> World:
     return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None, local)
 
 
+def leave() -> None:
+    """End this rank's part in the process group, if it has one; call it on every way out.
+
+    The group's worker thread holds the tensor of the last collective. Were it freed only while the interpreter shuts
+    down, the process would abort.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether a device is a GPU that has bf16 in hardware; those before Ampere emulate it, slower than float32."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

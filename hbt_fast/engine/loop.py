@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hbt_fast.base.errors import StoppedError
 from hbt_fast.data.feed import Feed
 from hbt_fast.engine.guard import SkippedSteps
 from hbt_fast.engine.launch import World
 from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.schedule import learning_rates
-from hbt_fast.engine.signals import StoppedError, StopSignals
+from hbt_fast.engine.signals import StopSignals
 from hbt_fast.engine.step import Stepper
 from hbt_fast.engine.validation import Validation
 from hbt_fast.engine.watch import Watch
@@ -89,5 +90,5 @@ def train_steps(
                 watch.begin("checkpoint")
                 keep(done)
             if stop:
-                raise StoppedError(stop, done)
+                raise StoppedError(stop, f"after {done} steps; train.resume=true goes on")
     return done

@@ -12,18 +12,6 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 2.0  # launchers pass on to their ranks what the terminal or the cluster sent these already
 
 
-class StoppedError(Exception):
-    """A signal stopped the run after a checkpoint was written.
-
-    Attributes:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int, done: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after {done} steps; train.resume=true goes on")
-        self.number = number
-
-
 class StopSignals:
     """While entered, the first SIGTERM or SIGINT is only noted; a further one, 2 seconds on, ends the process at once.
 

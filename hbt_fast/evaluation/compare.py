@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hbt_fast.base.errors import UserError
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.resampling import Block, blocks_of, bootstrap, holm, means_of, randomisation, totals
 
@@ -26,7 +27,7 @@ MOST = 200_000_000  # while exchanges times questions are no more
 CONSTANT = ("pool share",)  # of the task, not of a run
 
 
-class CompareError(ValueError):
+class CompareError(UserError):
     """Runs that cannot be compared. The message says which, and what differs."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hbt_fast.base.errors import UserError
 from hbt_fast.evaluation.bias import language_bias
 from hbt_fast.evaluation.metrics import found_metrics, in_pools, per_query, summarise, summarise_pools
 from hbt_fast.evaluation.queries import PerQuery
@@ -25,7 +26,7 @@ from hbt_fast.evaluation.tasks import RetrievalTask
 ROWS = 65_536  # of vectors that are looked at together
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """The encoder returned something that cannot be ranked. The message says what and for which text."""
 
 

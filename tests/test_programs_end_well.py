@@ -1,0 +1,106 @@
+"""How programs end: a status that says what happened, one message on stderr; a traceback is a fault of ours."""
+
+import errno
+import os
+import signal
+
+import pytest
+from programs import status
+
+from hbt_fast.base.errors import FileError, StoppedError, UserError
+from hbt_fast.base.files import replacing, settle, whole_folder, write_whole
+from hbt_fast.base.programs import program
+from hbt_fast.data.rows import DataError
+from hbt_fast.encoder import EncoderError
+from hbt_fast.engine.backends import SettingError
+from hbt_fast.engine.checkpoint import CheckpointError
+from hbt_fast.engine.guard import DivergedError
+from hbt_fast.evaluation.compare import CompareError
+from hbt_fast.evaluation.run import EvaluationError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("a.jsonl:3: no text"), 2, "p: a.jsonl:3: no text\n"),
+        (StoppedError(signal.SIGTERM, "after 3 steps"), 143, "p: stopped by SIGTERM after 3 steps\n"),
+        (KeyboardInterrupt(), 130, "p: interrupted (Ctrl-C)\n"),
+        (MemoryError("a table of 3 GiB"), 2, "p: memory ran out: a table of 3 GiB\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x/y"), 2, "p: x/y: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "p: No space left on device\n"),
+    ],
+)
+def test_what_ends_a_program_is_one_message_and_a_status(error, code, said, capsys):
+    @program("p")
+    def main():
+        raise error
+
+    assert status(main) == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_fault_of_ours_stays_a_traceback():
+    for error in (ValueError("x"), KeyError("x"), OSError("no file is named")):
+
+        @program("p")
+        def main(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            main()
+
+
+def test_all_errors_that_a_user_can_mend_have_one_root():
+    for kind in (
+        DataError, EncoderError, SettingError, CheckpointError, DivergedError, CompareError, EvaluationError, FileError,
+    ):  # fmt: skip
+        assert issubclass(kind, UserError)
+
+
+def test_files_are_there_whole_or_not_at_all_and_have_the_modes_of_the_umask(tmp_path):
+    path, folder = tmp_path / "a.json", tmp_path / "deep" / "model"
+    before = os.umask(0o027)
+    try:
+        write_whole(path, "one")
+        with pytest.raises(FileError), replacing(path) as begun:  # noqa: PT012
+            begun.write_text("two")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with whole_folder(folder) as begun:
+            (begun / "weights").touch(0o600)
+            (begun / "inner").mkdir(0o700)
+        with pytest.raises(RuntimeError), whole_folder(folder) as begun:  # noqa: PT012
+            (begun / "weights").write_text("half")
+            raise RuntimeError
+        with whole_folder(tmp_path / "again") as begun:
+            (begun / "old").touch()
+        with whole_folder(tmp_path / "again") as begun:
+            (begun / "new").touch()
+    finally:
+        os.umask(before)
+    assert path.read_text() == "one"
+    assert {name.name for name in tmp_path.rglob("*")} == {
+        "a.json",
+        "deep",
+        "model",
+        "weights",
+        "inner",
+        "again",
+        "new",
+    }
+    assert (folder / "weights").read_text() == ""
+    modes = [oct(p.stat().st_mode & 0o777) for p in (path, folder / "weights", folder, folder / "inner")]
+    assert modes == ["0o640", "0o640", "0o750", "0o750"]
+    settle(folder)
+
+
+def test_a_file_that_cannot_be_written_says_so_with_the_room_there_is(tmp_path):
+    with pytest.raises(
+        FileError, match=r"gone/a could not be written: No such file or directory \(.* MiB free\); make"
+    ):
+        write_whole(tmp_path / "gone" / "a", "x")
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(FileError, match=r"file/model could not be written: "),
+        whole_folder(tmp_path / "file" / "model"),
+    ):
+        pass
