@@ -107,6 +107,8 @@ class TrainConfig:
     Args:
         run_dir: everything the run writes goes here.
         resume: go on from the newest checkpoint in run_dir, if there is one.
+        resume_changed: names of settings (or data, architecture, ...) in which the run that goes on may be another than
+            it was, as [train.learning_rate]; else a change is refused.
         steps: optimizer updates.
         learning_rate: AdamW's, at the top of the schedule.
         weight_decay: AdamW's, on matrices only.
@@ -136,6 +138,7 @@ class TrainConfig:
 
     run_dir: str = "runs/hbt"
     resume: bool = False
+    resume_changed: list[str] = field(default_factory=list)
     steps: int = 1000
     learning_rate: float = 3e-5
     weight_decay: float = 0.01

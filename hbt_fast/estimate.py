@@ -21,7 +21,7 @@ from hbt_fast.base.programs import program
 from hbt_fast.config import Config, parse
 from hbt_fast.data.feed import RankBatch, rank_batch, rows_of
 from hbt_fast.engine.backends import SettingError
-from hbt_fast.engine.launch import World, start, uses_deepspeed
+from hbt_fast.engine.launch import World, leave, start, uses_deepspeed
 from hbt_fast.engine.memory import GIB, KeptGraphs, fitted, resident_bytes
 from hbt_fast.engine.step import FIRST_TOKENS
 from hbt_fast.loss import explain, info_nce_with_grad
@@ -79,7 +79,7 @@ class Estimate:
         return "\n".join([*lines, f"{total:9.2f} s    per step: {self.pairs / total:,.0f} pairs/s"])
 
 
-@program("hbt_fast.estimate")
+@program("hbt_fast.estimate", at_end=leave)
 def main(arguments: list[str] | None = None) -> None:
     """Estimate from the command line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
