@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hbt_fast.base.errors import UserError
+from hbt_fast.data.problems import LONGEST_LINE, LONGEST_TEXT
 from hbt_fast.data.shares import BatchConfig
 from hbt_fast.data.sources import Source
 from hbt_fast.encoder.scratch import ScratchConfig
@@ -64,12 +65,16 @@ class DataConfig:
         languages: keep only these languages; null keeps all.
         on_error: raise stops at the first malformed row; skip leaves malformed rows out, counts and lists them.
         store_dir: where token stores are kept and found again.
+        longest_line: bytes of a line of a file (of TMX: of a translation unit); a longer one is malformed.
+        longest_text: characters of a text; a longer one is malformed.
     """
 
     sources: list[Source] = field(default_factory=list)
     languages: list[str] | None = None
     on_error: Literal["raise", "skip"] = "raise"
     store_dir: str = "runs/stores"
+    longest_line: int = LONGEST_LINE
+    longest_text: int = LONGEST_TEXT
 
 
 @dataclass(frozen=True)

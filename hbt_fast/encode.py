@@ -117,18 +117,20 @@ def texts_of(files: Sequence[str], fields: Sequence[str] | None) -> Iterator[str
     Raises:
         DataError: names file and line.
     """
-    from hbt_fast.data.formats import lines, records
-    from hbt_fast.data.sources import Problems, expand
+    from hbt_fast.data.problems import Strict
+    from hbt_fast.data.reading import lines, records, refuse_half_pairs
+    from hbt_fast.data.sources import expand
 
     for path in (path for name in files for path in expand(name)):
         if not fields:
             yield from (text for _, text in lines(path))
             continue
-        for where, record in records(path, Problems(False, [])):
+        for where, record in records(path, Strict()):
             parts = [record[field] for field in fields if record.get(field)]
             if not parts or not all(isinstance(part, str) for part in parts):
                 have = ", ".join(record)
                 raise DataError(f"{where}: no text in field {' or '.join(fields)}; the fields are: {have}")
+            refuse_half_pairs(parts, where)
             yield " ".join(parts)
 
 

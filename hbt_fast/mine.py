@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,12 +38,12 @@ from hbt_fast.data.mining import (
     gather,
     mine,
 )
+from hbt_fast.data.problems import Tally
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.data.sources import read_source
 from hbt_fast.data.store import SourceStore, Store, folded
 from hbt_fast.encoder.model import Encoder, EncoderError
 from hbt_fast.encoder.modules import recorded_prompts
-from hbt_fast.prepare import fingerprint, prepare, source_name, tokenizer_parts
+from hbt_fast.prepare import fingerprint, prepare, rows_of, source_name, tokenizer_parts
 
 PROGRAM = "hbt_fast.mine"
 CHOICES = {"sampling_strategy": ("random", "top"), "pool": ("language", "all")}
@@ -270,10 +269,9 @@ def write(out: str, config: Config, store: Store, task: Task, found: Mined, scor
 
 def _rows(config: Config, source: SourceStore, number: int, task: Task) -> Iterator[tuple[Row, np.ndarray]]:
     """The rows of a source of the store, as they were read, with the numbers of their questions."""
-    data = config.data
-    languages = tuple(data.languages) if data.languages else None
-    settings = [given for given in data.sources if source_name(given) == source.name]
-    rows = chain.from_iterable(read_source(given, languages, data.on_error) for given in settings)
+    group = [given for given in config.data.sources if source_name(given) == source.name]
+    refused = set(source.refused)
+    rows = (row for n, row in enumerate(rows_of(config, group, Tally())) if n not in refused)
     first, last = np.searchsorted(task.questions["source"], [number, number + 1])
     ends = first + np.searchsorted(task.questions["row"][first:last], np.arange(source.rows), "right")
     count = 0

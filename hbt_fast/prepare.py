@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from hbt_fast.base.files import whole_folder
 from hbt_fast.base.programs import program
 from hbt_fast.config import Config, ModelConfig, parse
 from hbt_fast.data.build import build_source, tokenizer_options
+from hbt_fast.data.problems import Tally
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
@@ -80,15 +82,30 @@ def _inputs(config: Config, group: Iterable[Source]) -> list[object]:
     """Everything that the rows of a group of sources are a function of."""
     data = config.data
     parts: list[object] = [FORMAT, data.languages, data.on_error]
+    if data.on_error == "skip":  # elsewhere they end the run, and change no row
+        parts += [data.longest_line, data.longest_text]
     for source in group:
         parts += [replace(source, weight=None), *input_files(source)]
     return parts
 
 
-def _rows(config: Config, group: Iterable[Source], skipped: list[str]) -> Iterator[Row]:
-    languages = tuple(config.data.languages) if config.data.languages else None
+def rows_of(config: Config, group: Iterable[Source], tally: Tally) -> Iterator[Row]:
+    """The rows of a group of sources, as the settings want them.
+
+    Args:
+        config: its data settings.
+        group: read one after the other.
+        tally: gets what is read and left out.
+
+    Raises:
+        DataError: see `read_source`.
+    """
+    data = config.data
+    languages, limits = tuple(data.languages) if data.languages else None, (data.longest_line, data.longest_text)
     for source in group:
-        yield from read_source(source, languages, config.data.on_error, skipped)
+        yield from read_source(
+            source, languages, data.on_error, tally=tally, longest_line=limits[0], longest_text=limits[1]
+        )
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
@@ -99,14 +116,16 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     prompts = model.query_prompt, model.passage_prompt
     name = fingerprint([*_inputs(config, config.data.sources), model.scratch.vocabulary, *prompts])
     folder = Path(config.data.store_dir) / f"tokenizer-{name}"
-    if not (folder / "tokenizer.json").is_file():
+    if not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         print(f"training a tokenizer of {model.scratch.vocabulary:,} tokens", flush=True)
-        train_tokenizer(_texts(config), model.scratch.vocabulary).save_pretrained(folder)
+        made = train_tokenizer(_texts(config), model.scratch.vocabulary)
+        with whole_folder(folder) as begun:
+            made.save_pretrained(begun)
     return load_tokenizer(folder)
 
 
 def _texts(config: Config) -> Iterator[str]:
-    for row in _rows(config, config.data.sources, []):
+    for row in rows_of(config, config.data.sources, Tally()):
         yield from (config.model.query_prompt + text for text in row.queries.values())
         yield from (config.model.passage_prompt + text for text in row.passages.values())
 
@@ -122,9 +141,8 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
         if folder.is_dir():
             made.append(SourceStore.open(folder, verify=verify))
         else:
-            skipped: list[str] = []
-            rows = _rows(config, group, skipped)
-            made.append(build_source(folder, name, rows, tokenizer, query, passage, skipped=skipped))
+            rows, skip = rows_of(config, group, tally := Tally()), config.data.on_error == "skip"
+            made.append(build_source(folder, name, rows, tokenizer, query, passage, tally=tally, skip=skip))
             if (listing := folder / "skipped.txt").exists():  # those of an interrupted run too
                 count = listing.read_text(encoding="utf-8").count("\n")
                 print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
