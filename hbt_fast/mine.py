@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import docstring_parser
 import numpy as np
 
-from hbt_fast.base.files import sync
+from hbt_fast.base.files import replacing, sync, writing
 from hbt_fast.base.programs import program
 from hbt_fast.config import Config, parse, parser
 from hbt_fast.data.mining import (
@@ -180,7 +180,8 @@ def embed(
     """
     from tqdm import tqdm
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     chunks: list[np.ndarray] = []
     starts: list[int] = []
     with tqdm(total=len(texts), desc="encoding", unit=" texts", unit_scale=True, disable=not progress) as bar:
@@ -219,10 +220,8 @@ def _chunk(encoder: Encoder, texts: list[str], prompt: str, folder: Path, name: 
             raise DataError(
                 "the model gave vectors with NaN or infinity; is it damaged, or does it need train.precision fp32?"
             )
-        begun = path.with_suffix(f".{os.getpid()}.begun")
-        with open(begun, "wb") as file:
+        with replacing(path) as begun, open(begun, "wb") as file:
             np.save(file, made)
-            _rename([(file, begun, path)])
     raise DataError(f"{path}: cannot be read back")
 
 
@@ -248,7 +247,7 @@ def write(out: str, config: Config, store: Store, task: Task, found: Mined, scor
     shared = {path for path, count in Counter(paths).items() if count > 1}
     files: dict[Path, tuple[TextIO, Path, Path]] = {}
     try:
-        with ExitStack() as stack:
+        with writing(Path(out)), ExitStack() as stack:
             for number, (source, path) in enumerate(zip(store.sources, paths, strict=True)):
                 if path not in files:
                     path.parent.mkdir(parents=True, exist_ok=True)
