@@ -29,8 +29,9 @@ class ModelConfig:
         path: checkpoint folder or hub name; null trains one from nothing (see model.scratch).
         scratch: the shape of an encoder from nothing.
         pooling: mean, cls, last or weighted_mean (by position); null takes what the checkpoint records, else mean.
-        query_prompt: put before every query.
-        passage_prompt: put before every passage.
+        query_prompt: put before every query; null takes what the checkpoint records, else nothing ("Query: " for an
+            encoder from nothing).
+        passage_prompt: put before every passage; null as for queries ("Passage: ").
         query_max_length: tokens of a query, prompt and special tokens included; the rest is cut off.
         passage_max_length: the same for passages.
         max_length: tokens of a text when the finished model encodes (evaluation, export).
@@ -44,8 +45,8 @@ class ModelConfig:
     path: str | None = None
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     pooling: Literal["mean", "cls", "last", "weighted_mean"] | None = None
-    query_prompt: str = "Query: "
-    passage_prompt: str = "Passage: "
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
     query_max_length: int = 64
     passage_max_length: int = 256
     max_length: int = 512

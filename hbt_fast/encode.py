@@ -173,18 +173,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _prompt(args: argparse.Namespace) -> str:
     """The prompt of the command line. What the model does not record is not made up: E5's is not another's."""
-    from hbt_fast.encoder.modules import recorded_prompts
+    from hbt_fast.encoder.prompts import RECORDED, choose_prompts
 
     if args.kind is None:
+        print(f"prompt {args.prompt!r} (command line)", flush=True)
         return args.prompt
-    recorded = recorded_prompts(args.model)
-    if recorded is None:
+    prompt = getattr(choose_prompts(args.model, {}, option="--prompt"), args.kind)
+    if prompt.source != RECORDED:
         raise DataError(
             f"no prompt is recorded with {args.model}; in place of --as {args.kind} give --prompt with what its model "
             f"card says, such as --prompt '{args.kind}: ' for E5, or --prompt '' for none"
         )
-    print(f"{args.kind} prompt {recorded[args.kind]!r} (recorded with the model)", flush=True)
-    return recorded[args.kind]
+    print(prompt.line, flush=True)
+    return prompt.text
 
 
 def at_least_one(text: str) -> int:

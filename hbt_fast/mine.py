@@ -42,8 +42,8 @@ from hbt_fast.data.problems import Tally
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.store import SourceStore, Store, folded
 from hbt_fast.encoder.model import Encoder, EncoderError
-from hbt_fast.encoder.modules import recorded_prompts
-from hbt_fast.prepare import fingerprint, prepare, rows_of, source_name, tokenizer_parts
+from hbt_fast.encoder.prompts import KINDS, Prompts, choose_prompts
+from hbt_fast.prepare import fingerprint, prepare, resolve, rows_of, source_name, tokenizer_parts
 
 PROGRAM = "hbt_fast.mine"
 CHOICES = {"sampling_strategy": ("random", "top"), "pool": ("language", "all")}
@@ -69,8 +69,8 @@ def settings(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     )
     own.add_argument("--out", metavar="FILE.jsonl", help="where the rows go; {source} in it writes a file per source")
     own.add_argument("--cache", metavar="DIR", help="where embeddings are kept (default: data.store_dir/embeddings)")
-    own.add_argument("--query_prompt", help="default: the one recorded with the model, else model.query_prompt")
-    own.add_argument("--passage_prompt", help="default: the one recorded with the model, else model.passage_prompt")
+    own.add_argument("--query_prompt", help="default: as in training")
+    own.add_argument("--passage_prompt", help="default: as in training")
     own.add_argument("--output_scores", action="store_true", help="add the field mined: each one's rank and score")
     described = {entry.arg_name: entry.description for entry in docstring_parser.parse(MiningConfig.__doc__).params}
     for field in fields(MiningConfig):
@@ -112,36 +112,32 @@ def run(options: argparse.Namespace, config: Config, load: Load) -> str:
     except ImportError as error:
         raise DataError(f"mining searches with FAISS: pip install faiss-cpu, or faiss-gpu ({error})") from None
     progress = sys.stderr.isatty()
-    prompts, note = _prompts(options, config)
+    prompts = _prompts(options, config)
+    config, _ = resolve(config)
     store, _ = prepare(config)
     task = gather(store)
     print(f"{store.rows:,} rows, {len(task.questions):,} queries, {len(task.passage_texts):,} distinct passages")
-    print(note, flush=True)
+    print("\n".join(prompts.lines), flush=True)
     encoder, name = load(options.model, config)
     folder = Path(options.cache) if options.cache else Path(config.data.store_dir) / "embeddings"
     vectors = [
         embed(encoder, store, texts, prompt, folder, name, progress)
-        for texts, prompt in zip((task.query_texts, task.passage_texts), prompts, strict=True)
+        for texts, prompt in zip((task.query_texts, task.passage_texts), prompts.texts, strict=True)
     ]
     found = mine(task, *vectors, options.mining, progress=progress)
     paths = write(options.out, config, store, task, found, options.output_scores)
     return summary(task, found, options.mining) + "\nwrote " + ", ".join(map(str, paths))
 
 
-def _prompts(options: argparse.Namespace, config: Config) -> tuple[list[str], str]:
-    """The prompts of queries and passages, and a line that says where they are from."""
-    recorded, chosen, notes = recorded_prompts(options.model) or {}, [], []
-    for kind in ("query", "passage"):
-        given = getattr(options, f"{kind}_prompt")
-        if given is not None:
-            prompt, origin = given, "command line"
-        elif kind in recorded:
-            prompt, origin = recorded[kind], "recorded with the model"
-        else:
-            prompt, origin = getattr(config.model, f"{kind}_prompt"), f"model.{kind}_prompt"
-        chosen.append(prompt)
-        notes.append(f"{kind} prompt {prompt!r} ({origin})")
-    return chosen, ", ".join(notes)
+def _prompts(options: argparse.Namespace, config: Config) -> Prompts:
+    """The prompts of queries and passages. Those of the settings are model.path's, and no other model's."""
+    settings = (
+        {kind: getattr(config.model, f"{kind}_prompt") for kind in KINDS} if options.model == config.model.path else {}
+    )
+    own = {kind: getattr(options, f"{kind}_prompt") for kind in KINDS}
+    given = {kind: settings.get(kind) if own[kind] is None else own[kind] for kind in KINDS}
+    by = "model.{kind}_prompt" if own == dict.fromkeys(KINDS) else "command line"
+    return choose_prompts(options.model, given, by=by, option="--{kind}_prompt")
 
 
 def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:

@@ -15,7 +15,7 @@ from hbt_fast.data.counts import DrawCounts
 from hbt_fast.data.feed import rank_batch
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.engine.step import FIRST_TOKENS
-from hbt_fast.prepare import prepare
+from hbt_fast.prepare import prepare, resolve
 
 SAMPLE = 200  # language pairs and padding are counted over at most so many steps, spread over the run
 
@@ -23,7 +23,8 @@ SAMPLE = 200  # language pairs and padding are counted over at most so many step
 @program("hbt_fast.plan")
 def main(arguments: list[str] | None = None) -> None:
     """Report from the command line."""
-    config = parse("hbt_fast.plan", __doc__.splitlines()[0], arguments)
+    config, prompts = resolve(parse("hbt_fast.plan", __doc__.splitlines()[0], arguments))
+    print("\n".join(prompts.lines), flush=True)
     store, _ = prepare(config)
     planner = BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
     budget = config.train.micro_batch_tokens

@@ -23,6 +23,7 @@ from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
 from hbt_fast.encoder.load import load_tokenizer
+from hbt_fast.encoder.prompts import Prompts, choose_prompts
 from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.engine.launch import World
 
@@ -35,8 +36,23 @@ BLOCK = 1 << 22  # elements of an array looked at at a time
 @program("hbt_fast.prepare")
 def main(arguments: list[str] | None = None) -> None:
     """Prepare from the command line and say what is there."""
-    store, _ = prepare(parse("hbt_fast.prepare", __doc__.splitlines()[0], arguments))
+    config, prompts = resolve(parse("hbt_fast.prepare", __doc__.splitlines()[0], arguments))
+    print("\n".join(prompts.lines), flush=True)
+    store, _ = prepare(config)
     print(summary(store))
+
+
+def resolve(config: Config) -> tuple[Config, Prompts]:
+    """The settings with the prompts that stand before texts, in place of null; and where they are from.
+
+    Raises:
+        EncoderError: what the checkpoint records cannot be read.
+    """
+    model = config.model
+    given = {"query": model.query_prompt, "passage": model.passage_prompt}
+    prompts = choose_prompts(model.path, given, by="model.{kind}_prompt")
+    query, passage = prompts.texts
+    return replace(config, model=replace(model, query_prompt=query, passage_prompt=passage)), prompts
 
 
 def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrainedTokenizerFast]:
@@ -51,6 +67,7 @@ def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrain
     Raises:
         DataError: see `read_source` and `build_source`; sources of one name with different weights.
     """
+    config, _ = resolve(config)
     turn = 0 if world is None or world.first else 1 if world.local == 0 else 2
     for now in range(1 if world is None else 3):
         if now == turn:
@@ -164,7 +181,7 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
 
 
 def roles(model: ModelConfig) -> tuple[Role, Role]:
-    """How queries and passages are written."""
+    """How queries and passages are written, by settings that `resolve` gave."""
     return Role(model.query_prompt, model.query_max_length), Role(model.passage_prompt, model.passage_max_length)
 
 

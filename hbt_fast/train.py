@@ -41,7 +41,7 @@ from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.step import Stepper
 from hbt_fast.engine.validation import Validation, check_evaluation
-from hbt_fast.prepare import prepare, roles
+from hbt_fast.prepare import prepare, resolve, roles
 from hbt_fast.report import before_and_after, write_model_card
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 def train(config: Config) -> Path:
     """A whole run: data, training, evaluation, export. Returns the run folder."""
     check_evaluation(config.eval)
+    config, prompts = resolve(config)
     world = start(config.train)
     run = Path(config.train.run_dir)
     with RunLog(run, config, world) as log:
@@ -79,6 +80,7 @@ def train(config: Config) -> Path:
 
 def _train(config: Config, world: World, run: Path, log: RunLog) -> None:
     log.say(f"{world.size} x {world.device}, {config.batch.strategy} batches of {config.batch.size} pairs -> {run}")
+    log.say("\n".join(prompts.lines))
 
     evaluator = Evaluator(config, world, log)
     store, tokenizer = prepare(config, world)

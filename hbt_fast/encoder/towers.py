@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hbt_fast.encoder.export import export
 from hbt_fast.encoder.model import Encoder, EncoderError, room
+from hbt_fast.encoder.prompts import KINDS, choose_prompts
 from hbt_fast.encoder.scratch import encoder_from_scratch
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def make_towers(
 
 
 def _encoder(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Encoder:
-    prompts = {"query": model.query_prompt, "passage": model.passage_prompt}
+    given = {"query": model.query_prompt, "passage": model.passage_prompt}
+    prompts = dict(zip(KINDS, choose_prompts(model.path, given).texts, strict=True))
     if model.path is None:
         dropout = 0.1 if model.dropout is None else model.dropout
         shape = model.scratch
