@@ -236,14 +236,14 @@ def summary(store: Store) -> str:
         f"{'source':<20} {'rows':>10}  languages (texts as query / as passage)",
     ]
     for source in store.sources:
-        queries, passages = (_by_language(source, fields) for fields in (source.field_queries, source.field_passages))
+        queries, passages = (texts_by_language(source, f) for f in (source.field_queries, source.field_passages))
         counts = sorted(zip(source.languages, queries, passages, strict=True))
         shown = ", ".join(f"{code} {asked:,}/{answered:,}" for code, asked, answered in counts if asked or answered)
         lines += [f"{source.name:<20} {source.rows:>10,}  {shown}", f"{'':<20} {'':>10}  {source.folder}"]
     return "\n".join(lines)
 
 
-def _by_language(source: SourceStore, fields: np.ndarray) -> list[int]:
+def texts_by_language(source: SourceStore, fields: np.ndarray) -> list[int]:
     """How many of a source's fields hold a text, by language number."""
     counts = np.zeros(len(source.languages), np.int64)
     for start in range(0, len(fields), BLOCK):

@@ -20,6 +20,7 @@ from hbt_fast.engine.progress import OTHER, PHASES, clock, shares
 from hbt_fast.engine.runlog import METRICS
 from hbt_fast.evaluation.queries import LOWER_IS_BETTER
 from hbt_fast.evaluation.results import NAMES, Results
+from hbt_fast.overview import in_words
 from hbt_fast.page_style import STYLE
 
 SKIPPED = 20  # that are listed
@@ -36,6 +37,7 @@ class _Run:
         metrics: of metrics.jsonl.
         before, after: evaluations.
         machine: versions and hardware.
+        overview: what there was to learn from; see `hbt_fast.overview`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class _Run:
     before: Results | None
     after: Results | None
     machine: dict[str, str]
+    overview: dict
 
     @property
     def steps(self) -> Steps:
@@ -78,6 +81,7 @@ def write_page(run: Path) -> Path:
         ("throughput", "Throughput", _throughput),
         ("memory", "Memory", _memory),
         ("troubles", "Skipped steps and early end", _troubles),
+        ("data", "Data, as the model saw it", _data),
         ("settings", "Settings", _settings),
         ("machine", "Versions and hardware", _machine),
     ]
@@ -110,11 +114,12 @@ def _read(run: Path) -> _Run:
         before = _optional(run / "evaluation-before.json", Results.from_json)
         after = _optional(run / "evaluation.json", Results.from_json) if finished else None
         machine = _optional(run / "environment.json", json.loads) or {}
+        overview = _optional(run / "overview.json", json.loads) or {}
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{run}: a damaged file of the run folder: {error}") from None
     if not isinstance(settings, dict):
         raise DataError(f"{run / 'config.yaml'}: these are no settings of a run")
-    return _Run(run.resolve().name, text, settings, metrics, before, after, machine)
+    return _Run(run.resolve().name, text, settings, metrics, before, after, machine, overview)
 
 
 def _optional(path: Path, read: Callable[[str], object]) -> object:
@@ -317,6 +322,11 @@ def _troubles(run: _Run) -> str:
     if len(skipped) > SKIPPED:
         parts.append(f"<p>And {len(skipped) - SKIPPED:,} more; bad-batches.jsonl lists all.</p>")
     return "".join(parts)
+
+
+def _data(run: _Run) -> str:
+    """The overview of data, prompts and tokenizer that the log began with."""
+    return f"<pre>{escape(in_words(run.overview))}</pre>" if run.overview else ""
 
 
 def _settings(run: _Run) -> str:

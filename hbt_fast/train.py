@@ -41,6 +41,7 @@ from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.step import Stepper
 from hbt_fast.engine.validation import Validation, check_evaluation
+from hbt_fast.overview import in_words, overview
 from hbt_fast.prepare import prepare, resolve, roles
 from hbt_fast.report import before_and_after, write_model_card
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+    from hbt_fast.encoder.prompts import Prompts
     from hbt_fast.evaluation.metrics import Results
 
 
@@ -74,13 +76,12 @@ def train(config: Config) -> Path:
     world = start(config.train)
     run = Path(config.train.run_dir)
     with RunLog(run, config, world) as log:
-        _train(config, world, run, log)
+        _train(config, prompts, world, run, log)
     return run
 
 
-def _train(config: Config, world: World, run: Path, log: RunLog) -> None:
+def _train(config: Config, prompts: Prompts, world: World, run: Path, log: RunLog) -> None:
     log.say(f"{world.size} x {world.device}, {config.batch.strategy} batches of {config.batch.size} pairs -> {run}")
-    log.say("\n".join(prompts.lines))
 
     evaluator = Evaluator(config, world, log)
     store, tokenizer = prepare(config, world)
@@ -90,6 +91,8 @@ def _train(config: Config, world: World, run: Path, log: RunLog) -> None:
     check_loss(config.loss, towers.queries.dimension)
     identity = run_identity(config, planner, rewrite, towers)
     make_alike(world, config, identity, towers)
+    known = overview(prompts, store, tokenizer, planner) if world.first else {}
+    log.say(in_words(known))
     towers.to(world.device)
     resumed = Checkpoint(0, {}, {}, {})
     if config.train.resume:
@@ -105,6 +108,7 @@ def _train(config: Config, world: World, run: Path, log: RunLog) -> None:
         else:
             log.say(f"no checkpoint in {run} to go on from: training begins at its first step")
     log.open()
+    log.write("overview.json", known)
     before = evaluator.before(towers)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()
     first, skipped = resumed.step, resumed.progress.get("skipped", 0)

@@ -380,8 +380,8 @@ def page_of(run: Path) -> Page:
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
-ALL = ["headline", "loss", "accuracy", "during", "maps", "drawn", "phases", "throughput", "memory", "settings",
-       "machine"]  # fmt: skip
+ALL = ["headline", "loss", "accuracy", "during", "maps", "drawn", "phases", "throughput", "memory", "data",
+       "settings", "machine"]  # fmt: skip
 
 
 def test_the_report_of_a_run_has_every_section_and_needs_nothing_else(finished):

@@ -78,6 +78,11 @@ class RunLog:
         if self.on:
             print(line, flush=True)
 
+    def write(self, name: str, content: object) -> None:
+        """Write a file of JSON in the run folder."""
+        if self.on:
+            write_whole(self.run / name, json.dumps(content, indent=1, ensure_ascii=False))
+
     def start(self, first: int, planner: BatchPlanner) -> None:
         """Training begins at step `first`: write the resolved settings, drop what a dead run logged from there on."""
         self.counts = DrawCounts(planner.store)
@@ -86,7 +91,7 @@ class RunLog:
         if self.on:
             self.writer = Scalars(self.run / "tensorboard", first)
             write_whole(self.run / "config.yaml", dump(self.config))
-            write_whole(self.run / "environment.json", json.dumps(describe(self.world), indent=1))
+            self.write("environment.json", describe(self.world))
             if self.tracker:
                 self.tracker.resume(_last_steps(read_records(self.run / "metrics.jsonl")))
             counted = self._drop_records_from(first)
