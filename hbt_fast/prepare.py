@@ -22,6 +22,7 @@ from hbt_fast.data.problems import Tally
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
+from hbt_fast.data.tokens_seen import check_unknown, tokens_seen
 from hbt_fast.encoder.load import load_tokenizer
 from hbt_fast.encoder.prompts import Prompts, choose_prompts
 from hbt_fast.encoder.scratch import train_tokenizer
@@ -65,7 +66,8 @@ def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrain
         (store, tokenizer).
 
     Raises:
-        DataError: see `read_source` and `build_source`; sources of one name with different weights.
+        DataError: see `read_source` and `build_source`; sources of one name with different weights; a language that
+            the tokenizer does not know.
     """
     config, _ = resolve(config)
     turn = 0 if world is None or world.first else 1 if world.local == 0 else 2
@@ -73,6 +75,8 @@ def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrain
         if now == turn:
             tokenizer = _tokenizer(config)
             store = _store(config, tokenizer, verify=turn < 2)
+            if turn == 0:
+                _check_tokens(config, store, tokenizer)
         if world is not None:
             world.barrier()
     return store, tokenizer
@@ -178,6 +182,13 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
             }
         )
     return Store(tuple(made), tuple(weights), tuple(made_of))
+
+
+def _check_tokens(config: Config, store: Store, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say where the tokenizer hardly knows a language, and refuse where it does not."""
+    seen = [one for source in store.sources for one in tokens_seen(source, tokenizer, *roles(config.model))]
+    for line in check_unknown(seen, config.model.path):
+        print(line, flush=True)
 
 
 def roles(model: ModelConfig) -> tuple[Role, Role]:

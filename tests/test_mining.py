@@ -72,6 +72,7 @@ def run(tokenizer, tmp_path):
             dump(rows, tmp_path / f"{name}.jsonl")
         given = ", ".join(f"{{name: {name}, path: {tmp_path / name}.jsonl}}" for name in sources)
         command = ["--model", "mock", "--out", str(tmp_path / out), *arguments(settings), *more, "--output_scores"]
+        command[:0] = ["--query_prompt", "Query: ", "--passage_prompt", "Passage: "]
         command += [f"model.path={tmp_path / 'tokenizer'}", f"data.store_dir={tmp_path / 'stores'}"]
         program.main([*command, f"data.sources=[{given}]"], lambda *_: (encoder or Mock(), "mock"))
         written = tmp_path / out
