@@ -393,7 +393,7 @@ def test_a_run_that_stops_leaves_no_half_file_and_the_next_one_goes_on(run, tmp_
     }[where]
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, stopping(original, after))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(sources, OPEN, encoder)
     monkeypatch.setattr(owner, name, original)
     assert (tmp_path / "mined.jsonl").read_text() == "earlier\n"
