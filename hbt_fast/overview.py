@@ -11,24 +11,33 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hbt_fast.data.counts import DrawCounts
+from hbt_fast.data.tokens_seen import FIRST, tokens_seen
 from hbt_fast.prepare import texts_by_language
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from hbt_fast.data.plan import BatchPlanner
-    from hbt_fast.data.store import SourceStore, Store
+    from hbt_fast.data.store import Role, SourceStore, Store
+    from hbt_fast.data.tokens_seen import TokensSeen
     from hbt_fast.encoder.prompts import Prompts
 
 STEPS, PAIRS = 40, 200_000  # of which language pairs are counted, at most
 SHOWN, CHARACTERS = 12, 300  # languages and pairs, and characters of an example, that are put in words
 
 
-def overview(prompts: Prompts, store: Store, tokenizer: PreTrainedTokenizerFast, planner: BatchPlanner) -> dict:
+def overview(
+    prompts: Prompts,
+    roles: tuple[Role, Role],
+    store: Store,
+    tokenizer: PreTrainedTokenizerFast,
+    planner: BatchPlanner,
+) -> dict:
     """What there is to learn from (JSON).
 
     Args:
         prompts: that were chosen.
+        roles: how queries and passages are written.
         store: the token store.
         tokenizer: that its texts were made with.
         planner: of the batches.
@@ -42,18 +51,26 @@ def overview(prompts: Prompts, store: Store, tokenizer: PreTrainedTokenizerFast,
             "kind": f"{type(tokenizer).__name__}, {type(tokenizer.backend_tokenizer.model).__name__}",
             "size": len(tokenizer),
         },
-        "sources": [_source(source) for source in store.sources],
+        "sources": [_source(source, tokens_seen(source, tokenizer, *roles)) for source in store.sources],
         "examples": _examples(store, tokenizer),
         "language pairs": _pairs(store, planner),
     }
 
 
-def _source(source: SourceStore) -> dict:
-    """Rows that were read, kept and left out, and the texts by language."""
+def _source(source: SourceStore, seen: list[TokensSeen]) -> dict:
+    """Rows that were read, kept and left out, and the texts by language, the first of which were looked at."""
     queries, passages = (texts_by_language(source, f) for f in (source.field_queries, source.field_passages))
     languages = {}
     for code, asked, answered in sorted(zip(source.languages, queries, passages, strict=True)):
         languages[code] = {"queries": asked, "passages": answered}
+    for one in seen:
+        languages[one.language]["first"] = {
+            "queries": one.queries,
+            "passages": one.passages,
+            "unknown tokens": round(one.unknown_share, 5),
+            "cut queries": one.cut_queries,
+            "cut passages": one.cut_passages,
+        }
     return {
         "name": source.name,
         "read": source.read,
@@ -131,11 +148,17 @@ def _source_in_words(source: dict) -> list[str]:
     said += f"; left out: {'; '.join(reasons)}" if reasons else ""
     if source["hard negatives"]:
         said += f"; {source['hard negatives'] / source['kept']:.1f} hard negatives a row"
-    languages = []
+    languages, unknown, cut = [], [], []
     for code, texts in source["languages"].items():
         if texts["queries"] or texts["passages"]:
             languages.append(f"{code} {texts['queries']:,}/{texts['passages']:,}")
-    return [said, f"  queries/passages: {_some(languages)}"]
+        if first := texts.get("first"):
+            if first["unknown tokens"] >= 0.0005:
+                unknown.append(f"{code} {first['unknown tokens']:.1%}")
+            if first["cut queries"] or first["cut passages"]:
+                cut.append(f"{code} {first['cut queries']:,}/{first['cut passages']:,}")
+    looked = f"unknown tokens: {_some(unknown) or 'none'}; at the length limit: {_some(cut) or 'none'}"
+    return [said, f"  queries/passages: {_some(languages)}", f"  of the first {FIRST:,} of each: {looked}"]
 
 
 def _some(parts: list[str]) -> str:

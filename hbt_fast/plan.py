@@ -18,7 +18,7 @@ from hbt_fast.data.feed import rank_batch
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.engine.step import FIRST_TOKENS
 from hbt_fast.overview import in_words, overview
-from hbt_fast.prepare import prepare, resolve
+from hbt_fast.prepare import prepare, resolve, roles
 
 SAMPLE = 200  # language pairs and padding are counted over at most so many steps, spread over the run
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, prompts = resolve(parse("hbt_fast.plan", __doc__.splitlines()[0], arguments))
     store, tokenizer = prepare(config)
     planner = BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
-    known = overview(prompts, store, tokenizer, planner)
+    known = overview(prompts, roles(config.model), store, tokenizer, planner)
     print(in_words(known) + "\n", flush=True)
     budget = config.train.micro_batch_tokens
     budget = FIRST_TOKENS["cpu"] if budget == "auto" else budget

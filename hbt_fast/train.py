@@ -91,7 +91,7 @@ def _train(config: Config, prompts: Prompts, world: World, run: Path, log: RunLo
     check_loss(config.loss, towers.queries.dimension)
     identity = run_identity(config, planner, rewrite, towers)
     make_alike(world, config, identity, towers)
-    known = overview(prompts, store, tokenizer, planner) if world.first else {}
+    known = overview(prompts, roles(config.model), store, tokenizer, planner) if world.first else {}
     log.say(in_words(known))
     towers.to(world.device)
     resumed = Checkpoint(0, {}, {}, {})

@@ -29,6 +29,7 @@ def here(tmp_path, monkeypatch):
         for n in range(20)
         for code in ("en", "de", "fr")
     ]
+    rows[3]["query"] = "word " * 100
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "pairs.jsonl").write_text("\n".join([*lines, "{not json"]))
     monkeypatch.chdir(tmp_path)
@@ -41,6 +42,7 @@ WORDS = (
     "BPE, ",
     "own: 40 of 61 rows; left out: 1 row malformed; 20 rows not in data.languages (fr 20); 0.2 hard negatives a row",
     "queries/passages: de 20/20, en 20/20",
+    "of the first 1,000 of each: unknown tokens: none; at the length limit: en 1/0",
     "a query as the model sees it (en): <s> Query: q0 en</s>",
     "a passage as the model sees it (en): <s> Passage: p0 en</s>",
 )
