@@ -436,7 +436,7 @@ def test_names_from_outside_are_escaped(finished):
 def test_a_report_is_made_of_a_stopped_run(finished, tmp_path, capsys):
     run = tmp_path / "stopped"
     run.mkdir()
-    for name in ("config.yaml", "evaluation-before.json", "environment.json", "evaluation.json"):
+    for name in ("config.yaml", "evaluation-before.json", "environment.json", "overview.json", "evaluation.json"):
         shutil.copy(finished.run / name, run)
     kept = [r for r in read_records(finished.run / "metrics.jsonl") if r.get("step", 0) < 5]
     kept = [r for r in kept if r.get("evaluation") != AFTER and r.get("drawn_until", 0) <= 4]
