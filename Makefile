@@ -13,7 +13,7 @@ GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 FAISS  := $(if $(GPU),"faiss-gpu>=1.15","faiss-cpu>=1.10")
 TORCH  := torch==2.13.0 triton==3.7.1
 LOCK   := requirements/chosen.txt requirements/lock.txt
-FAST   := tests/test_settings.py
+FAST   := tests/test_sources_cldr.py
 
 .PHONY: train test lint bench gpu lock test-oldest clean
 

@@ -13,8 +13,8 @@ LOSS = [  # what someone with another trainer needs: the loss, nothing else
 ]
 TRAIN = [
     "transformers>=5.17",  # encoders, tokenizers, learning-rate schedules
-    "tokenizers>=0.22",  # trains the demo's tokenizer
-    "safetensors>=0.6",  # checkpoints without pickle
+    "tokenizers>=0.23.1",  # trains the demo's tokenizer; as transformers 5.17 wants it
+    "safetensors>=0.8",  # checkpoints without pickle; as transformers 5.17 wants it
     "deepspeed>=0.19.2",  # ZeRO; coalesce_grad_reduction came with 0.19.2
     "numba>=0.62",  # batch plan, packing, bitext search
     "jsonargparse[signatures]>=4.49",  # YAML + command line -> frozen dataclasses; --help from their docstrings
@@ -23,11 +23,11 @@ TRAIN = [
     "fsspec>=2024.6",  # .gz, .zip members, globs
     "langcodes>=3.5",  # one code per language, whatever the source calls it
     "xxhash>=3.4",  # hashes of texts and files
-    "regex>=2024.4",  # words of every script, for code-switching
+    "regex>=2025.10.22",  # words of every script, for code-switching; as transformers 5.17 wants it
     "Babel>=2.18",  # CLDR: the embedded demo; 2.17 raises KeyError on compact numbers
     "matplotlib>=3.9",  # loss curves, heat maps
-    "tensorboard>=2.17",  # event files
-    "tqdm>=4.66",  # progress bars
+    "tensorboard>=2.18",  # event files; 2.17 and onnx want different protobufs
+    "tqdm>=4.66.3",  # progress bars; as datasets 4.0 wants it
 ]
 EXTRAS = {
     "train": TRAIN,
@@ -52,12 +52,12 @@ EXTRAS = {
     "lora": ["peft>=0.17"],  # adapters
     "dev": [
         "pytest>=8.3",
-        "pytest-xdist>=3.6",  # tests on two cores
-        "pytest-timeout>=2.3",  # a hanging rank fails a test instead of the whole run
+        "pytest-xdist>=3.6.1",  # tests on two cores
+        "pytest-timeout>=2.3.1",  # a hanging rank fails a test instead of the whole run
         "pytest-benchmark>=5.1",  # bench/
         "pytrec-eval-terrier>=0.5.6",  # the oracle of the retrieval metrics
         "hypothesis>=6.100",  # draws the loss's options
-        "scipy>=1.11",  # chi-square tests of what the batch plan draws
+        "scipy>=1.14",  # chi-square tests of what the batch plan draws
         "gradcache>=0.0.1",  # its cache step runs our loss in a test
         "ruff>=0.12",
     ],
