@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FIRST = 1000  # queries and as many passages of each language
+FEW = 50  # tokens: of fewer nothing is refused
 SAID, REFUSED = 0.05, 0.5  # shares of unknown tokens: tokenizers that fit a language stay below 1 %
 BLOCK = 1 << 20  # fields looked at at a time
 
@@ -105,7 +106,7 @@ def check_unknown(seen: Iterable[TokensSeen], model: str | None) -> list[str]:
         share = (
             f"{one.unknown_share:.0%} of the tokens of language {one.language!r} in source {one.source!r} are unknown"
         )
-        if one.unknown_share >= REFUSED:
+        if one.unknown_share >= REFUSED and one.tokens >= FEW:
             instead = (
                 "raise model.scratch.vocabulary, so that its characters have tokens"
                 if model is None

@@ -57,10 +57,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     path = str(path)
     _check_place(path)
-    config = read_fields(path, "config.json")
-    if config is not None:
-        _check_config(config)
-    elif find(path, "tokenizer.json") is None:
+    fields = read_fields(path, "config.json")
+    config = None if fields is None else _load_config(path, fields)
+    if config is None and find(path, "tokenizer.json") is None:
         raise EncoderError(f"{path}: not a checkpoint that can be loaded (no config.json there); give its folder")
     settings = read_fields(path, "tokenizer_config.json")
     limit = None if settings is None else settings.values.get("model_max_length")
@@ -68,7 +67,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise EncoderError(f'{settings.where}: "model_max_length" is {shown(limit)}; it must be a number from 1 on')
     what = "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded"
     with refusals(path, what):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
         fast = tokenizer.is_fast
     if not fast:
         raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
@@ -83,7 +82,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"{path}/tokenizer.json: it puts the token {unknown[0]:,} into texts, which its vocabulary does not have "
             '("post_processor" names it); fetch the checkpoint again'
         )
-    rows = None if config is None else config.values.get("vocab_size")
+    rows = None if fields is None else fields.values.get("vocab_size")
     if isinstance(rows, int):
         _check_vocabulary(path, names, rows, '"vocab_size" in config.json')
     if lower_cases(path):
@@ -103,7 +102,14 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
     """
     from transformers import AutoModel
 
-    config = _load_config(path, dropout)
+    fields = read_fields(path, "config.json")
+    if fields is None:
+        raise EncoderError(f"{path}: no config.json there; give a checkpoint folder or a hub name")
+    config = _load_config(path, fields)
+    for name, value in vars(config).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if dropout is not None and "dropout" in name and number:
+            setattr(config, name, dropout)
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     # an unused pooler would sit in the optimizer without ever getting a gradient
     poolers = {"add_pooling_layer": False} if _pooler_is_optional(config) else {}
@@ -197,13 +203,10 @@ def _check_vocabulary(path: str, names: dict[str, int], rows: int, what: str) ->
         )
 
 
-def _load_config(path: str, dropout: float | None) -> PretrainedConfig:
+def _load_config(path: str, fields: Fields) -> PretrainedConfig:
     """The settings of a checkpoint, without those that would have transformers act on more than an architecture."""
     from transformers import AutoConfig
 
-    fields = read_fields(path, "config.json")
-    if fields is None:
-        raise EncoderError(f"{path}: no config.json there; give a checkpoint folder or a hub name")
     _check_config(fields)
     with refusals(fields.where, "transformers does not take it"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -216,10 +219,6 @@ def _load_config(path: str, dropout: float | None) -> PretrainedConfig:
         for one in (config, *(getattr(config, key, None) for key in config.sub_configs)):
             for key in IGNORED:
                 vars(one or config).pop(key, None)
-        for name, value in vars(config).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if dropout is not None and "dropout" in name and number:
-                setattr(config, name, dropout)
     return config
 
 
