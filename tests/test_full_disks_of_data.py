@@ -56,7 +56,7 @@ def full_disk(monkeypatch):
     def limit(most):
         monkeypatch.undo()
         if most is not None:
-            monkeypatch.setattr(growing, "open", lambda *given: Full(open(*given), most), raising=False)
+            monkeypatch.setattr(growing, "open", lambda path, mode: Full(Path(path).open(mode), most), raising=False)
 
     return limit
 
@@ -125,9 +125,12 @@ def test_vectors_on_a_full_disk_are_gone_on_with(tmp_path, full_disk):
     path, pieces = tmp_path / "v.npy", [["a", "b"], ["c", "d"]]
     full_disk(160)
     file = VectorFile(path, 4, "float32", {})
+    left = file.left(iter(pieces))
+    next(left)
+    file.append(np.ones((2, 4), np.float32))
+    next(left)
     with pytest.raises(FileError, match=r"v.npy could not be written: No space left.*goes on where it stopped"):
-        for _ in file.left(iter(pieces)):
-            file.append(np.ones((2, 4), np.float32))
+        file.append(np.ones((2, 4), np.float32))
     file.close()
     assert not path.exists()
     full_disk(None)

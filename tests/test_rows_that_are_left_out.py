@@ -1,4 +1,4 @@
-"""data.on_error: skip leaves out every kind of bad row; what is left out, and why, is listed and counted in the store."""
+"""data.on_error: skip leaves out every kind of bad row; what is left out, and why, is listed and counted."""
 
 import json
 import tracemalloc
