@@ -132,7 +132,8 @@ def _fill(
                 if time.monotonic() - noted >= JOURNAL_SECONDS:
                     draft.note()
                     noted = time.monotonic()
-    tally = Tally(read=draft.taken) if tally is None else tally
+    tally = Tally() if tally is None else tally
+    tally.read = max(tally.read, draft.taken)  # where nobody counted
     for _, languages, why in draft.refused():
         tally.lose(MALFORMED, languages)
         tally.skipped.append(why)

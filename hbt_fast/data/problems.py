@@ -46,7 +46,7 @@ class Tally:
         """Count a row that is left out, with its texts in these languages."""
         self.left_out[reason] += 1
         for language in languages:
-            self.languages[language][reason] += 1
+            self.languages.setdefault(language, Counter())[reason] += 1
 
     def leave_out(self, reason: str, language: str, whole: bool) -> None:
         """Count what a reader leaves out: a whole row, or a text of one, in a language as the source calls it."""

@@ -5,6 +5,7 @@ Whatever is in them, what comes out is text, JSON, or a DataError that names the
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import math
@@ -44,7 +45,8 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
-            yield file
+            # a member of a zip looks for line ends in pieces of 4 KB, in Python
+            yield io.BufferedReader(file, 1 << 20) if isinstance(file, zipfile.ZipExtFile) else file
     except UserError:
         raise
     except BROKEN as error:
