@@ -38,9 +38,10 @@ from hbt_fast.engine.objective import check_loss
 from hbt_fast.engine.runlog import AFTER, DURING, RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.step import Stepper
-from hbt_fast.engine.validation import Validation, check_evaluation
+from hbt_fast.engine.validation import Validation
 from hbt_fast.prepare import prepare, roles
 from hbt_fast.report import before_and_after, write_model_card
+from hbt_fast.settings import check_config
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(config: Config) -> Path:
     """A whole run: data, training, evaluation, export. Returns the run folder."""
-    check_evaluation(config.eval)
+    check_config(config)
     world = start(config.train)
     run = Path(config.train.run_dir)
     log = RunLog(run, config, world)

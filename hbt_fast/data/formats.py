@@ -10,9 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.data.sources import Problems, Source, expand
-
-NAMES = ("query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id")
+from hbt_fast.data.sources import NAMES, Problems, Source, expand
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
