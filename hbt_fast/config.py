@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -195,7 +196,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_skipped_steps: int = 3
     timeout_minutes: int = 120
-    hang_minutes: float = 30
+    hang_minutes: float = 30.0
 
 
 @ranges(
@@ -264,6 +265,9 @@ def parser(program: str, description: str) -> ArgumentParser:
     return made
 
 
+_parser = cache(parser)  # it takes a while to make, and has no state
+
+
 def parse(program: str, description: str, arguments: Sequence[str] | None = None) -> Config:
     """The settings from a command line, checked.
 
@@ -278,7 +282,7 @@ def parse(program: str, description: str, arguments: Sequence[str] | None = None
     arguments = [f"--{a}" if re.match(r"(model|data|batch|loss|train|eval)\.[\w.]+\+?=", a) else a for a in arguments]
     # a list given again replaces the file's; jsonargparse would merge the two, entry by entry
     fresh = [("--data.sources=[]", a) if re.match(r"--data\.sources(=|$)", a) else (a,) for a in arguments]
-    parsed = parse_with(parser(program, description), [a for group in fresh for a in group], Config)
+    parsed = parse_with(_parser(program, description), [a for group in fresh for a in group], Config)
     config = Config(**{group.name: parsed[group.name] for group in fields(Config)})
     check_config(config)
     return config
@@ -299,4 +303,3 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return str(value) if isinstance(value, Path) else value
-

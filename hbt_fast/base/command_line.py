@@ -17,6 +17,7 @@ from hbt_fast.base.settings_files import load, read
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+UNREADABLE = (yaml.YAMLError, OverflowError, RecursionError)
 MODE = "hbt_fast"  # of jsonargparse: our YAML, and no other program's in this process
 ELSEWHERE = {  # what other trainers call it
     "lr": "train.learning_rate",
@@ -54,39 +55,64 @@ def parse_with(parser: ArgumentParser, arguments: Sequence[str], settings: type)
     """
     from jsonargparse import ArgumentError
 
-    arguments, files = _with_texts(arguments)
+    arguments, files = _with_texts(arguments, settings)
     try:
         return parser.instantiate(parser.parse_args(arguments))
-    except (ArgumentError, yaml.YAMLError, RecursionError) as error:
-        message = str(error).strip() or "nested too deeply"
-    said = _said(message, settings)
+    except (ArgumentError, *UNREADABLE) as error:
+        said = _said(error, settings)
     where = ""
     for path, text in files.items():
         try:
             parser.parse_args([f"--config={text}"])
-        except (ArgumentError, yaml.YAMLError, RecursionError) as error:
-            if _said(str(error).strip(), settings) == said:
+        except (ArgumentError, *UNREADABLE) as error:
+            if _said(error, settings) == said:
                 where = f"{path}: "
     raise UserError(f"{where}{said}\n(--help lists the settings)")
 
 
-def _with_texts(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _with_texts(arguments: Sequence[str], settings: type) -> tuple[list[str], dict[str, str]]:
     """The command line with the texts of files after --config, and the texts by path."""
-    made, files, rest = [], {}, list(arguments)
+    made, files, rest, groups = [], {}, list(arguments), group_names(settings)
     while rest:
         argument = rest.pop(0)
         if argument == "--config" and rest:
             argument = f"--config={rest.pop(0)}"
         if argument.startswith("--config="):
             path = argument.removeprefix("--config=")
-            files[path] = read(path)
-            argument = f"--config={files[path] if load(files[path]) else '{}'}"
+            files[path] = yaml.safe_dump(_grouped(read(path), settings, path), sort_keys=False)
+            argument = f"--config={files[path]}"
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name in groups and not (value or "".join(rest[:1])).lstrip().startswith("{"):
+            raise UserError(f"{name} is a group of settings; write one of them, as {name}.{groups[name]}=VALUE")
         made.append(argument)
     return made, files
 
 
-def _said(message: str, settings: type) -> str:
+def _grouped(value: dict, settings: type, path: str, prefix: str = "") -> dict:
+    """Settings of a file without the groups that say nothing; jsonargparse takes anything for a group.
+
+    Raises:
+        UserError: a group is no mapping.
+    """
+    made, groups = {}, group_names(settings)
+    for key, inner in value.items():
+        if key in groups and inner is not None and not isinstance(inner, dict):
+            raise UserError(
+                f"{path}: {prefix}{key} is {inner!r:.80}, and a group of settings; write {prefix}{key}: "
+                f"{{{groups[key]}: ...}}"
+            )
+        if key not in groups:
+            made[key] = inner
+        elif inner:
+            made[key] = _grouped(inner, _hints(settings)[key], path, f"{prefix}{key}.")
+    return made
+
+
+def _said(error: Exception, settings: type) -> str:
     """A message of jsonargparse in the words of the settings, with the nearest right name or value."""
+    message = str(error).strip()
+    if isinstance(error, OverflowError | RecursionError):
+        return "a number of more than 300 digits, which no setting takes, or one nested too deeply"
     if unknown := re.search(r"unrecognized arguments: -*(\S+)", message):
         given = unknown[1].partition("=")[0]
         if given in setting_names(settings):
@@ -104,10 +130,11 @@ def _said(message: str, settings: type) -> str:
     inner = re.findall(r'Parser key "([\w.]+)"', message)[-1]
     value = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
     if value and (inner == key[1] or inner in known):
+        said = {"None": "null", "True": "true", "False": "false"}.get(value[1], value[1])
         cls, of = (settings, "") if inner == key[1] else (entry, f"{key[1]}: ")
         choice = wanted(cls, inner)
         near = difflib.get_close_matches(value[1], re.findall(r"[\w@-]+", choice), 1, 0.6) if " or " in choice else []
-        return f"{of}{inner} is {value[1]}; write {choice}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"{of}{inner} is {said}; write {choice}" + (f"; did you mean {near[0]}?" if near else "")
     if unknown:
         return f"{key[1]}: there is no {given}{_near(given, known)}"
     words = [word.strip(".") for word in re.findall(r"[\w.-]+", message)]
@@ -116,7 +143,7 @@ def _said(message: str, settings: type) -> str:
 
 
 def _near(given: str, known: Sequence[str]) -> str:
-    """"; did you mean ...?", or nothing."""
+    """ "; did you mean ...?", or nothing."""
     word = given.replace("-", "_").lower()
     leaf = word.rpartition(".")[2]
     found = [name for name in known if word in (name, name.replace(".", "_"))]
@@ -129,6 +156,16 @@ def _near(given: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in group] or leaves, 1, 0.75)
         found = [name for name in group if near and name.rpartition(".")[2] == near[0]][:3]
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def group_names(settings: type, prefix: str = "") -> dict[str, str]:
+    """The groups of settings within a dataclass by dotted name, and the first setting of each."""
+    names = {}
+    for field in fields(settings):
+        if is_dataclass(kind := _hints(settings)[field.name]):
+            names[prefix + field.name] = setting_names(kind)[0]
+            names |= group_names(kind, f"{prefix}{field.name}.")
+    return names
 
 
 def setting_names(settings: type, prefix: str = "") -> list[str]:

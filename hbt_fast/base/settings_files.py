@@ -85,8 +85,8 @@ def _count(value: object, count: int, depth: int) -> int:
     return count
 
 
-def read(path: str) -> str:
-    """The text of a file of settings, which is a YAML mapping.
+def read(path: str) -> dict[Any, Any]:
+    """What a file of settings says: a YAML mapping, or nothing.
 
     Raises:
         UserError: it is not; names the file, and the line if there is one.
@@ -96,12 +96,13 @@ def read(path: str) -> str:
         with open(file, "rb") as opened:
             raw = opened.read(LARGEST + 1)
     except (OSError, ValueError) as error:  # of a name with a null character
-        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or error}; name a YAML file of settings") from None
+        raise UserError(
+            f"--config {path}: {getattr(error, 'strerror', None) or error}; name a YAML file of settings"
+        ) from None
     if len(raw) > LARGEST:
         raise UserError(f"--config {path}: larger than {LARGEST >> 20} MiB, which is no file of settings")
     try:
-        text = raw.decode("utf-8-sig")
-        value = load(text)
+        value = load(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})") from None
     except yaml.YAMLError as error:
@@ -111,7 +112,7 @@ def read(path: str) -> str:
         raise UserError(f"--config {path}{line}: not YAML of settings: {what}") from None
     if not isinstance(value, dict | None):
         raise UserError(f"--config {path}: settings are groups, as train: {{steps: 100}}; this is {_kind(value)}")
-    return text
+    return value or {}
 
 
 def _kind(value: object) -> str:

@@ -66,6 +66,12 @@ class BatchConfig:
 def check_settings(batch: BatchConfig, steps: int | None) -> None:
     """Raise DataError for a setting that is out of range."""
     check(batch, "batch.", DataError)
+    named: dict[str, str] = {}
+    for code in batch.language_weights:
+        if (first := named.setdefault(normalise(code), code)) != code:
+            raise DataError(
+                f"batch.language_weights names {normalise(code)} twice, as {first} and as {code}; leave one out"
+            )
     if batch.alpha_end is not None and not steps:
         raise DataError("batch.alpha_end needs the number of steps of the run")
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from hbt_fast.config import ModelConfig
 
 
-@ranges(
-    rank=whole(0, 2**16), alpha=real(0, 1e6, above=True), dropout=real(0, 1, below=True), target_modules=NAME
-)
+@ranges(rank=whole(0, 2**16), alpha=real(0, 1e6, above=True), dropout=real(0, 1, below=True), target_modules=NAME)
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685) by peft: only they are trained; the exported model has them merged in.
