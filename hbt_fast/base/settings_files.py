@@ -41,7 +41,7 @@ def _loader() -> type:
     return Loader
 
 
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Any:  # noqa: ANN401 - a generator, as PyYAML wants it
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Any:
     seen: dict[str, int] = {}
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
@@ -53,7 +53,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Any:  # noqa: A
     yield from loader.construct_yaml_map(node)
 
 
-def load(text: str) -> Any:  # noqa: ANN401 - whatever it says
+def load(text: str) -> Any:
     """The value that a YAML text stands for.
 
     Raises:
