@@ -129,13 +129,13 @@ def learning_curve(folder: Path | None) -> Curve:
     """
     if folder is None:
         return {}
-    from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, read_metrics
+    from hbt_fast.engine.metrics import BEFORE, DURING, read_metrics
+    from hbt_fast.engine.runlog import METRICS
 
-    records = read_metrics(folder / "metrics.jsonl")
-    done = max((record["step"] + 1 for record in records if "loss" in record), default=0)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    done = int(metrics.steps.step.max(initial=-1)) + 1
     found: dict[str, dict[int, dict[str, float]]] = {}
-    made = [record for record in records if record.get("evaluation") in (BEFORE, DURING, AFTER)]
-    for record in sorted(made, key=lambda record: record["evaluation"] != DURING):
+    for record in sorted(metrics.evaluations, key=lambda record: record["evaluation"] != DURING):
         at = record.get("step", 0 if record["evaluation"] == BEFORE else done)
         values = {name: record[name] for name in METRICS if record.get(name) is not None}
         found.setdefault(record.get("task", ""), {}).setdefault(at, values)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from hbt_fast.base.command_line import new_parser, parse_with
 from hbt_fast.base.ranges import NAME, PATH, TEXT, one_of, ranges, real, whole
 from hbt_fast.data.languages import LANGUAGE
+from hbt_fast.data.problems import LONGEST_LINE, LONGEST_TEXT
 from hbt_fast.data.shares import BatchConfig
 from hbt_fast.data.sources import Source
 from hbt_fast.encoder.scratch import ScratchConfig
@@ -42,8 +43,9 @@ class ModelConfig:
         path: checkpoint folder or hub name; null trains one from nothing (see model.scratch).
         scratch: the shape of an encoder from nothing.
         pooling: mean, cls, last or weighted_mean (by position); null takes what the checkpoint records, else mean.
-        query_prompt: put before every query.
-        passage_prompt: put before every passage.
+        query_prompt: put before every query; null takes what the checkpoint records, else nothing ("Query: " for an
+            encoder from nothing).
+        passage_prompt: put before every passage; null as for queries ("Passage: ").
         query_max_length: tokens of a query, prompt and special tokens included; the rest is cut off.
         passage_max_length: the same for passages.
         max_length: tokens of a text when the finished model encodes (evaluation, export).
@@ -57,8 +59,8 @@ class ModelConfig:
     path: str | None = None
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     pooling: Literal["mean", "cls", "last", "weighted_mean"] | None = None
-    query_prompt: str = "Query: "
-    passage_prompt: str = "Passage: "
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
     query_max_length: int = 64
     passage_max_length: int = 256
     max_length: int = 512
@@ -69,7 +71,7 @@ class ModelConfig:
     compile: bool = False
 
 
-@ranges(languages=LANGUAGE, store_dir=PATH)
+@ranges(languages=LANGUAGE, store_dir=PATH, longest_line=whole(1, 2**40), longest_text=whole(1))
 @dataclass(frozen=True)
 class DataConfig:
     """Training data.
@@ -79,12 +81,16 @@ class DataConfig:
         languages: keep only these languages; null keeps all.
         on_error: raise stops at the first malformed row; skip leaves malformed rows out, counts and lists them.
         store_dir: where token stores are kept and found again.
+        longest_line: bytes of a line of a file (of TMX: of a translation unit); a longer one is malformed.
+        longest_text: characters of a text; a longer one is malformed.
     """
 
     sources: list[Source] = field(default_factory=list)
     languages: list[str] | None = None
     on_error: Literal["raise", "skip"] = "raise"
     store_dir: str = "runs/stores"
+    longest_line: int = LONGEST_LINE
+    longest_text: int = LONGEST_TEXT
 
 
 @ranges(
@@ -125,6 +131,7 @@ class LossConfig:
 
 @ranges(
     run_dir=PATH,
+    resume_changed=NAME,
     steps=whole(1),
     learning_rate=real(0, 100),
     weight_decay=real(0, 100),
@@ -148,6 +155,8 @@ class TrainConfig:
     Args:
         run_dir: everything the run writes goes here.
         resume: go on from the newest checkpoint in run_dir, if there is one.
+        resume_changed: names of settings (or data, architecture, ...) in which the run that goes on may be another than
+            it was, as [train.learning_rate]; else a change is refused.
         steps: optimizer updates.
         learning_rate: AdamW's, at the top of the schedule.
         weight_decay: AdamW's, on matrices only.
@@ -177,6 +186,7 @@ class TrainConfig:
 
     run_dir: str = "runs/hbt"
     resume: bool = False
+    resume_changed: list[str] = field(default_factory=list)
     steps: int = 1000
     learning_rate: float = 3e-5
     weight_decay: float = 0.01

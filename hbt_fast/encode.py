@@ -117,18 +117,20 @@ def texts_of(files: Sequence[str], fields: Sequence[str] | None) -> Iterator[str
     Raises:
         DataError: names file and line.
     """
-    from hbt_fast.data.formats import lines, records
-    from hbt_fast.data.sources import Problems, expand
+    from hbt_fast.data.problems import Strict
+    from hbt_fast.data.reading import lines, records, refuse_half_pairs
+    from hbt_fast.data.sources import expand
 
     for path in (path for name in files for path in expand(name)):
         if not fields:
             yield from (text for _, text in lines(path))
             continue
-        for where, record in records(path, Problems(False, [])):
+        for where, record in records(path, Strict()):
             parts = [record[field] for field in fields if record.get(field)]
             if not parts or not all(isinstance(part, str) for part in parts):
                 have = ", ".join(record)
                 raise DataError(f"{where}: no text in field {' or '.join(fields)}; the fields are: {have}")
+            refuse_half_pairs(parts, where)
             yield " ".join(parts)
 
 
@@ -171,18 +173,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _prompt(args: argparse.Namespace) -> str:
     """The prompt of the command line. What the model does not record is not made up: E5's is not another's."""
-    from hbt_fast.encoder.modules import recorded_prompts
+    from hbt_fast.encoder.prompts import RECORDED, choose_prompts
 
     if args.kind is None:
+        print(f"prompt {args.prompt!r} (command line)", flush=True)
         return args.prompt
-    recorded = recorded_prompts(args.model)
-    if recorded is None:
+    prompt = getattr(choose_prompts(args.model, {}, option="--prompt"), args.kind)
+    if prompt.source != RECORDED:
         raise DataError(
             f"no prompt is recorded with {args.model}; in place of --as {args.kind} give --prompt with what its model "
             f"card says, such as --prompt '{args.kind}: ' for E5, or --prompt '' for none"
         )
-    print(f"{args.kind} prompt {recorded[args.kind]!r} (recorded with the model)", flush=True)
-    return recorded[args.kind]
+    print(prompt.line, flush=True)
+    return prompt.text
 
 
 def at_least_one(text: str) -> int:

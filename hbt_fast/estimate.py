@@ -21,11 +21,11 @@ from hbt_fast.base.programs import program
 from hbt_fast.config import Config, parse
 from hbt_fast.data.feed import RankBatch, rank_batch, rows_of
 from hbt_fast.engine.backends import SettingError
-from hbt_fast.engine.launch import World, start, uses_deepspeed
+from hbt_fast.engine.launch import World, leave, start, uses_deepspeed
 from hbt_fast.engine.memory import GIB, KeptGraphs, fitted, resident_bytes
 from hbt_fast.engine.step import FIRST_TOKENS
 from hbt_fast.loss import explain, info_nce_with_grad
-from hbt_fast.prepare import prepare
+from hbt_fast.prepare import prepare, resolve
 from hbt_fast.train import build, make_planner, make_rewrite
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Estimate:
         return "\n".join([*lines, f"{total:9.2f} s    per step: {self.pairs / total:,.0f} pairs/s"])
 
 
-@program("hbt_fast.estimate")
+@program("hbt_fast.estimate", at_end=leave)
 def main(arguments: list[str] | None = None) -> None:
     """Estimate from the command line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
         except (IndexError, ValueError):
             raise SettingError("--world wants the number of ranks, such as --world 8") from None
         del arguments[at : at + 2]
-    print(estimate(parse("hbt_fast.estimate", __doc__.splitlines()[0], arguments), world))
+    config, prompts = resolve(parse("hbt_fast.estimate", __doc__.splitlines()[0], arguments))
+    print("\n".join(prompts.lines), flush=True)
+    print(estimate(config, world))
 
 
 def estimate(config: Config, world: int = 1) -> Estimate:
@@ -104,6 +106,7 @@ def estimate(config: Config, world: int = 1) -> Estimate:
     here = start(config.train)
     if uses_deepspeed(config.train):
         import deepspeed  # noqa: F401  it takes memory too
+    config, _ = resolve(config)
     store, tokenizer = prepare(config)
     planner = make_planner(store, config)
     rewrite = make_rewrite(store, tokenizer, config, lambda line: None)

@@ -19,11 +19,11 @@ from hbt_fast.data.rows import DataError
 from hbt_fast.encode import add_encoder_arguments, at_least_one, load_encoder
 
 if TYPE_CHECKING:
+    from hbt_fast.encoder.prompts import Prompts
     from hbt_fast.evaluation.bitext_data import BitextTask
     from hbt_fast.evaluation.results import Results
     from hbt_fast.evaluation.tasks import RetrievalTask
 
-DEFAULT_PROMPTS = ("Query: ", "Passage: ")  # the prefixes of arXiv 2408.10536
 TASKS = """tasks and their data:
   xquad-r, mlqa-r        LAReQA's folder with one <language>.json each; mlqa-r may have holes
   beir, miracl, mr-tydi  corpus, queries (or topics) and qrels as these are unpacked, or so in a folder per language
@@ -54,8 +54,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data = "folder of the task; of jsonl also a file, a glob or zip://MEMBER::ARCHIVE"
     parser.add_argument("--data", required=True, metavar="DIR", help=data)
     parser.add_argument("--split", help="of the judgements; default: the only one there is, else test, else dev")
-    parser.add_argument("--query-prompt", help="default: the one recorded with the model, else 'Query: '")
-    parser.add_argument("--passage-prompt", help="default: the one recorded with the model, else 'Passage: '")
+    parser.add_argument("--query-prompt", help="default: the one recorded with the model, else none")
+    parser.add_argument("--passage-prompt", help="default: the one recorded with the model, else none")
     parser.add_argument("--context", action="store_true", help="append the paragraph to each candidate sentence")
     parser.add_argument("--languages", metavar="en,de,..", help="evaluate on these languages only")
     groups = (
@@ -84,31 +84,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def choose_prompts(args: argparse.Namespace) -> tuple[tuple[str, str], list[str]]:
-    """Command line, then the model's own record, then the defaults; with one line per prompt saying which it was.
+def prompts_of(args: argparse.Namespace) -> Prompts:
+    """The prompts that the command line gives or the model records.
 
-    Bitext has sentences on both sides: the query's prompt goes before all, and there is none by default.
+    Bitext has sentences on both sides: the query's prompt goes before all of them.
     """
-    from hbt_fast.encoder.modules import recorded_prompts
+    from hbt_fast.encoder.prompts import Prompt, Prompts, choose_prompts
 
-    recorded = recorded_prompts(str(args.model)) or {}
-    bitext = args.task == "bitext"
-    chosen, lines = [], []
-    for kind, given, default in zip(
-        ("query", "passage"), (args.query_prompt, args.passage_prompt), DEFAULT_PROMPTS, strict=True
-    ):
-        if given is not None:
-            prompt, source = given, "command line"
-        elif bitext and kind == "passage":
-            prompt, source = chosen[0], "as the queries'"
-        elif kind in recorded:
-            prompt, source = recorded[kind], "recorded with the model"
-        else:
-            prompt = "" if bitext else default
-            source = f"default; none recorded with the model, set another with --{kind}-prompt"
-        chosen.append(prompt)
-        lines.append(f"{kind} prompt {prompt!r} ({source})")
-    return (chosen[0], chosen[1]), lines
+    given = {"query": args.query_prompt, "passage": args.passage_prompt}
+    found = choose_prompts(args.model, given, option="--{kind}-prompt")
+    if args.task == "bitext" and args.passage_prompt is None:
+        return Prompts(found.query, Prompt("passage", found.query.text, "as the queries'"))
+    return found
 
 
 def load_task(args: argparse.Namespace) -> RetrievalTask | BitextTask:
@@ -148,11 +135,11 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
         args.out.parent.mkdir(parents=True, exist_ok=True)
     encoder = load(args, device)
     settings = _settings(encoder, args)
-    prompts, lines = choose_prompts(args)
-    print("\n".join(lines))
+    prompts = prompts_of(args)
+    print("\n".join(prompts.lines))
     encoder = _cached(encoder, args)
     run = _bitext if args.task == "bitext" else _retrieval
-    run(args, encoder, task, prompts, settings, before)
+    run(args, encoder, task, prompts.texts, settings, before)
 
 
 def _described(task: RetrievalTask | BitextTask) -> str:

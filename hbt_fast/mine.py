@@ -16,14 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 import docstring_parser
 import numpy as np
 
-from hbt_fast.base.files import sync
+from hbt_fast.base.files import replacing, sync, writing
 from hbt_fast.base.programs import program
 from hbt_fast.config import Config, parse, parser
 from hbt_fast.data.mining import (
@@ -39,12 +38,12 @@ from hbt_fast.data.mining import (
     gather,
     mine,
 )
+from hbt_fast.data.problems import Tally
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.data.sources import read_source
 from hbt_fast.data.store import SourceStore, Store, folded
 from hbt_fast.encoder.model import Encoder, EncoderError
-from hbt_fast.encoder.modules import recorded_prompts
-from hbt_fast.prepare import fingerprint, prepare, source_name, tokenizer_parts
+from hbt_fast.encoder.prompts import KINDS, Prompts, choose_prompts
+from hbt_fast.prepare import fingerprint, prepare, resolve, rows_of, source_name, tokenizer_parts
 
 PROGRAM = "hbt_fast.mine"
 CHOICES = {"sampling_strategy": ("random", "top"), "pool": ("language", "all")}
@@ -70,8 +69,8 @@ def settings(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     )
     own.add_argument("--out", metavar="FILE.jsonl", help="where the rows go; {source} in it writes a file per source")
     own.add_argument("--cache", metavar="DIR", help="where embeddings are kept (default: data.store_dir/embeddings)")
-    own.add_argument("--query_prompt", help="default: the one recorded with the model, else model.query_prompt")
-    own.add_argument("--passage_prompt", help="default: the one recorded with the model, else model.passage_prompt")
+    own.add_argument("--query_prompt", help="default: as in training")
+    own.add_argument("--passage_prompt", help="default: as in training")
     own.add_argument("--output_scores", action="store_true", help="add the field mined: each one's rank and score")
     described = {entry.arg_name: entry.description for entry in docstring_parser.parse(MiningConfig.__doc__).params}
     for field in fields(MiningConfig):
@@ -113,36 +112,32 @@ def run(options: argparse.Namespace, config: Config, load: Load) -> str:
     except ImportError as error:
         raise DataError(f"mining searches with FAISS: pip install faiss-cpu, or faiss-gpu ({error})") from None
     progress = sys.stderr.isatty()
-    prompts, note = _prompts(options, config)
+    prompts = _prompts(options, config)
+    config, _ = resolve(config)
     store, _ = prepare(config)
     task = gather(store)
     print(f"{store.rows:,} rows, {len(task.questions):,} queries, {len(task.passage_texts):,} distinct passages")
-    print(note, flush=True)
+    print("\n".join(prompts.lines), flush=True)
     encoder, name = load(options.model, config)
     folder = Path(options.cache) if options.cache else Path(config.data.store_dir) / "embeddings"
     vectors = [
         embed(encoder, store, texts, prompt, folder, name, progress)
-        for texts, prompt in zip((task.query_texts, task.passage_texts), prompts, strict=True)
+        for texts, prompt in zip((task.query_texts, task.passage_texts), prompts.texts, strict=True)
     ]
     found = mine(task, *vectors, options.mining, progress=progress)
     paths = write(options.out, config, store, task, found, options.output_scores)
     return summary(task, found, options.mining) + "\nwrote " + ", ".join(map(str, paths))
 
 
-def _prompts(options: argparse.Namespace, config: Config) -> tuple[list[str], str]:
-    """The prompts of queries and passages, and a line that says where they are from."""
-    recorded, chosen, notes = recorded_prompts(options.model) or {}, [], []
-    for kind in ("query", "passage"):
-        given = getattr(options, f"{kind}_prompt")
-        if given is not None:
-            prompt, origin = given, "command line"
-        elif kind in recorded:
-            prompt, origin = recorded[kind], "recorded with the model"
-        else:
-            prompt, origin = getattr(config.model, f"{kind}_prompt"), f"model.{kind}_prompt"
-        chosen.append(prompt)
-        notes.append(f"{kind} prompt {prompt!r} ({origin})")
-    return chosen, ", ".join(notes)
+def _prompts(options: argparse.Namespace, config: Config) -> Prompts:
+    """The prompts of queries and passages. Those of the settings are model.path's, and no other model's."""
+    settings = (
+        {kind: getattr(config.model, f"{kind}_prompt") for kind in KINDS} if options.model == config.model.path else {}
+    )
+    own = {kind: getattr(options, f"{kind}_prompt") for kind in KINDS}
+    given = {kind: settings.get(kind) if own[kind] is None else own[kind] for kind in KINDS}
+    by = "model.{kind}_prompt" if own == dict.fromkeys(KINDS) else "command line"
+    return choose_prompts(options.model, given, by=by, option="--{kind}_prompt")
 
 
 def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
@@ -181,7 +176,8 @@ def embed(
     """
     from tqdm import tqdm
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     chunks: list[np.ndarray] = []
     starts: list[int] = []
     with tqdm(total=len(texts), desc="encoding", unit=" texts", unit_scale=True, disable=not progress) as bar:
@@ -220,10 +216,8 @@ def _chunk(encoder: Encoder, texts: list[str], prompt: str, folder: Path, name: 
             raise DataError(
                 "the model gave vectors with NaN or infinity; is it damaged, or does it need train.precision fp32?"
             )
-        begun = path.with_suffix(f".{os.getpid()}.begun")
-        with open(begun, "wb") as file:
+        with replacing(path) as begun, open(begun, "wb") as file:
             np.save(file, made)
-            _rename([(file, begun, path)])
     raise DataError(f"{path}: cannot be read back")
 
 
@@ -249,7 +243,7 @@ def write(out: str, config: Config, store: Store, task: Task, found: Mined, scor
     shared = {path for path, count in Counter(paths).items() if count > 1}
     files: dict[Path, tuple[TextIO, Path, Path]] = {}
     try:
-        with ExitStack() as stack:
+        with writing(Path(out)), ExitStack() as stack:
             for number, (source, path) in enumerate(zip(store.sources, paths, strict=True)):
                 if path not in files:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,10 +264,9 @@ def write(out: str, config: Config, store: Store, task: Task, found: Mined, scor
 
 def _rows(config: Config, source: SourceStore, number: int, task: Task) -> Iterator[tuple[Row, np.ndarray]]:
     """The rows of a source of the store, as they were read, with the numbers of their questions."""
-    data = config.data
-    languages = tuple(data.languages) if data.languages else None
-    settings = [given for given in data.sources if source_name(given) == source.name]
-    rows = chain.from_iterable(read_source(given, languages, data.on_error) for given in settings)
+    group = [given for given in config.data.sources if source_name(given) == source.name]
+    refused = set(source.refused)
+    rows = (row for n, row in enumerate(rows_of(config, group, Tally())) if n not in refused)
     first, last = np.searchsorted(task.questions["source"], [number, number + 1])
     ends = first + np.searchsorted(task.questions["row"][first:last], np.arange(source.rows), "right")
     count = 0

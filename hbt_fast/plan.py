@@ -5,17 +5,20 @@ python -m hbt_fast.plan --config configs/demo.yaml
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
+from hbt_fast.base.files import write_whole, writing
 from hbt_fast.base.programs import program
 from hbt_fast.config import parse
 from hbt_fast.data.counts import DrawCounts
 from hbt_fast.data.feed import rank_batch
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.engine.step import FIRST_TOKENS
-from hbt_fast.prepare import prepare
+from hbt_fast.overview import in_words, overview
+from hbt_fast.prepare import prepare, resolve
 
 SAMPLE = 200  # language pairs and padding are counted over at most so many steps, spread over the run
 
@@ -23,17 +26,22 @@ SAMPLE = 200  # language pairs and padding are counted over at most so many step
 @program("hbt_fast.plan")
 def main(arguments: list[str] | None = None) -> None:
     """Report from the command line."""
-    config = parse("hbt_fast.plan", __doc__.splitlines()[0], arguments)
-    store, _ = prepare(config)
+    config, prompts = resolve(parse("hbt_fast.plan", __doc__.splitlines()[0], arguments))
+    store, tokenizer = prepare(config)
     planner = BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
+    known = overview(prompts, store, tokenizer, planner)
+    print(in_words(known) + "\n", flush=True)
     budget = config.train.micro_batch_tokens
     budget = FIRST_TOKENS["cpu"] if budget == "auto" else budget
     text, counts = report(planner, config.train.steps, budget)
     print(text)
-    path = Path(f"{config.train.run_dir}-plan.png")  # beside the run folder, which training begins with
-    path.parent.mkdir(parents=True, exist_ok=True)
+    picture, page = (Path(f"{config.train.run_dir}-plan{end}") for end in (".png", ".json"))  # beside the run folder
     title = f"language pairs of {config.batch.strategy} batches, {counts.pairs.sum():,} pairs drawn"
-    print(f"\nheat map  {counts.draw(path, title)}")
+    with writing(picture, "write another train.run_dir"):
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        counts.draw(picture, title)
+        write_whole(page, json.dumps(known, indent=1, ensure_ascii=False))
+    print(f"\nheat map  {picture}\noverview  {page}")
 
 
 def report(planner: BatchPlanner, steps: int, budget: int) -> tuple[str, DrawCounts]:

@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from hbt_fast.base.files import whole_folder
 from hbt_fast.base.programs import program
 from hbt_fast.config import Config, ModelConfig, parse
 from hbt_fast.data.build import build_source, tokenizer_options
+from hbt_fast.data.problems import Tally
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, input_files, read_source
 from hbt_fast.data.store import FORMAT, Role, SourceStore, Store
+from hbt_fast.data.tokens_seen import check_unknown, tokens_seen
 from hbt_fast.encoder.load import load_tokenizer
+from hbt_fast.encoder.prompts import Prompts, choose_prompts
 from hbt_fast.encoder.scratch import train_tokenizer
 from hbt_fast.engine.launch import World
 
@@ -33,8 +37,23 @@ BLOCK = 1 << 22  # elements of an array looked at at a time
 @program("hbt_fast.prepare")
 def main(arguments: list[str] | None = None) -> None:
     """Prepare from the command line and say what is there."""
-    store, _ = prepare(parse("hbt_fast.prepare", __doc__.splitlines()[0], arguments))
+    config, prompts = resolve(parse("hbt_fast.prepare", __doc__.splitlines()[0], arguments))
+    print("\n".join(prompts.lines), flush=True)
+    store, _ = prepare(config)
     print(summary(store))
+
+
+def resolve(config: Config) -> tuple[Config, Prompts]:
+    """The settings with the prompts that stand before texts, in place of null; and where they are from.
+
+    Raises:
+        EncoderError: what the checkpoint records cannot be read.
+    """
+    model = config.model
+    given = {"query": model.query_prompt, "passage": model.passage_prompt}
+    prompts = choose_prompts(model.path, given, by="model.{kind}_prompt")
+    query, passage = prompts.texts
+    return replace(config, model=replace(model, query_prompt=query, passage_prompt=passage)), prompts
 
 
 def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrainedTokenizerFast]:
@@ -47,13 +66,17 @@ def prepare(config: Config, world: World | None = None) -> tuple[Store, PreTrain
         (store, tokenizer).
 
     Raises:
-        DataError: see `read_source` and `build_source`; sources of one name with different weights.
+        DataError: see `read_source` and `build_source`; sources of one name with different weights; a language that
+            the tokenizer does not know.
     """
+    config, _ = resolve(config)
     turn = 0 if world is None or world.first else 1 if world.local == 0 else 2
     for now in range(1 if world is None else 3):
         if now == turn:
             tokenizer = _tokenizer(config)
             store = _store(config, tokenizer, verify=turn < 2)
+            if turn == 0:
+                _check_tokens(config, store, tokenizer)
         if world is not None:
             world.barrier()
     return store, tokenizer
@@ -80,15 +103,30 @@ def _inputs(config: Config, group: Iterable[Source]) -> list[object]:
     """Everything that the rows of a group of sources are a function of."""
     data = config.data
     parts: list[object] = [FORMAT, data.languages, data.on_error]
+    if data.on_error == "skip":  # elsewhere they end the run, and change no row
+        parts += [data.longest_line, data.longest_text]
     for source in group:
         parts += [replace(source, weight=None), *input_files(source)]
     return parts
 
 
-def _rows(config: Config, group: Iterable[Source], skipped: list[str]) -> Iterator[Row]:
-    languages = tuple(config.data.languages) if config.data.languages else None
+def rows_of(config: Config, group: Iterable[Source], tally: Tally) -> Iterator[Row]:
+    """The rows of a group of sources, as the settings want them.
+
+    Args:
+        config: its data settings.
+        group: read one after the other.
+        tally: gets what is read and left out.
+
+    Raises:
+        DataError: see `read_source`.
+    """
+    data = config.data
+    languages, limits = tuple(data.languages) if data.languages else None, (data.longest_line, data.longest_text)
     for source in group:
-        yield from read_source(source, languages, config.data.on_error, skipped)
+        yield from read_source(
+            source, languages, data.on_error, tally=tally, longest_line=limits[0], longest_text=limits[1]
+        )
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
@@ -99,14 +137,16 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     prompts = model.query_prompt, model.passage_prompt
     name = fingerprint([*_inputs(config, config.data.sources), model.scratch.vocabulary, *prompts])
     folder = Path(config.data.store_dir) / f"tokenizer-{name}"
-    if not (folder / "tokenizer.json").is_file():
+    if not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         print(f"training a tokenizer of {model.scratch.vocabulary:,} tokens", flush=True)
-        train_tokenizer(_texts(config), model.scratch.vocabulary).save_pretrained(folder)
+        made = train_tokenizer(_texts(config), model.scratch.vocabulary)
+        with whole_folder(folder) as begun:
+            made.save_pretrained(begun)
     return load_tokenizer(folder)
 
 
 def _texts(config: Config) -> Iterator[str]:
-    for row in _rows(config, config.data.sources, []):
+    for row in rows_of(config, config.data.sources, Tally()):
         yield from (config.model.query_prompt + text for text in row.queries.values())
         yield from (config.model.passage_prompt + text for text in row.passages.values())
 
@@ -122,9 +162,8 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
         if folder.is_dir():
             made.append(SourceStore.open(folder, verify=verify))
         else:
-            skipped: list[str] = []
-            rows = _rows(config, group, skipped)
-            made.append(build_source(folder, name, rows, tokenizer, query, passage, skipped=skipped))
+            rows, skip = rows_of(config, group, tally := Tally()), config.data.on_error == "skip"
+            made.append(build_source(folder, name, rows, tokenizer, query, passage, tally=tally, skip=skip))
             if (listing := folder / "skipped.txt").exists():  # those of an interrupted run too
                 count = listing.read_text(encoding="utf-8").count("\n")
                 print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
@@ -145,8 +184,15 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
     return Store(tuple(made), tuple(weights), tuple(made_of))
 
 
+def _check_tokens(config: Config, store: Store, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say where the tokenizer hardly knows a language, and refuse where it does not."""
+    seen = [one for source in store.sources for one in tokens_seen(source, tokenizer, *roles(config.model))]
+    for line in check_unknown(seen, config.model.path):
+        print(line, flush=True)
+
+
 def roles(model: ModelConfig) -> tuple[Role, Role]:
-    """How queries and passages are written."""
+    """How queries and passages are written, by settings that `resolve` gave."""
     return Role(model.query_prompt, model.query_max_length), Role(model.passage_prompt, model.passage_max_length)
 
 
@@ -201,14 +247,14 @@ def summary(store: Store) -> str:
         f"{'source':<20} {'rows':>10}  languages (texts as query / as passage)",
     ]
     for source in store.sources:
-        queries, passages = (_by_language(source, fields) for fields in (source.field_queries, source.field_passages))
+        queries, passages = (texts_by_language(source, f) for f in (source.field_queries, source.field_passages))
         counts = sorted(zip(source.languages, queries, passages, strict=True))
         shown = ", ".join(f"{code} {asked:,}/{answered:,}" for code, asked, answered in counts if asked or answered)
         lines += [f"{source.name:<20} {source.rows:>10,}  {shown}", f"{'':<20} {'':>10}  {source.folder}"]
     return "\n".join(lines)
 
 
-def _by_language(source: SourceStore, fields: np.ndarray) -> list[int]:
+def texts_by_language(source: SourceStore, fields: np.ndarray) -> list[int]:
     """How many of a source's fields hold a text, by language number."""
     counts = np.zeros(len(source.languages), np.int64)
     for start in range(0, len(fields), BLOCK):

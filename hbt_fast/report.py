@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hbt_fast.base.files import write_whole
 from hbt_fast.base.programs import program
 from hbt_fast.config import Config, dump
 from hbt_fast.data.store import Store
@@ -48,7 +49,8 @@ def write_model_card(folder: Path, config: Config, store: Store, before: Results
         table = comparison(before, after) if before is not None else after.to_markdown().partition("\n")[2].strip()
         results = f"On {after.task} ({after.queries:,} queries, {after.candidates:,} candidates):\n\n{table}"
     start = config.model.path or "random weights"
-    (folder / "README.md").write_text(
+    write_whole(
+        folder / "README.md",
         f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -87,7 +89,6 @@ InfoNCE at temperature {config.loss.temperature}, AdamW at {config.train.learnin
 
 {results.strip()}
 """,
-        encoding="utf-8",
     )
 
 

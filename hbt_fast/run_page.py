@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from hbt_fast.base.files import write_whole
 from hbt_fast.charts import Line, heat_table, line_chart, stacked_chart
 from hbt_fast.data.rows import DataError
-from hbt_fast.engine.progress import OTHER, PHASES, clock, phase_shares
-from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, read_metrics
+from hbt_fast.engine.metrics import AFTER, BEFORE, DURING, Metrics, Steps, read_metrics
+from hbt_fast.engine.progress import OTHER, PHASES, clock, shares
+from hbt_fast.engine.runlog import METRICS
 from hbt_fast.evaluation.queries import LOWER_IS_BETTER
 from hbt_fast.evaluation.results import NAMES, Results
+from hbt_fast.overview import in_words
 from hbt_fast.page_style import STYLE
 
 SKIPPED = 20  # that are listed
@@ -31,33 +34,25 @@ class _Run:
         name: of the folder.
         yaml: the settings as they were written.
         settings: the same, read.
-        records: of metrics.jsonl.
+        metrics: of metrics.jsonl.
         before, after: evaluations.
         machine: versions and hardware.
+        overview: what there was to learn from; see `hbt_fast.overview`.
     """
 
     name: str
     yaml: str
     settings: dict
-    records: list[dict]
+    metrics: Metrics
     before: Results | None
     after: Results | None
     machine: dict[str, str]
+    overview: dict
 
     @property
-    def steps(self) -> list[dict]:
-        """The records of steps with an update."""
-        return [r for r in self.records if "loss" in r]
-
-    @property
-    def done(self) -> int:
-        """Steps done."""
-        return max((r["step"] + 1 for r in self.records if "step" in r and "evaluation" not in r), default=0)
-
-    @property
-    def ended_early(self) -> dict | None:
-        """The record of a run that ended before its last step, as it was asked to."""
-        return next((r for r in self.records if "ended_early" in r), None)
+    def steps(self) -> Steps:
+        """The steps with an update."""
+        return self.metrics.steps
 
     def setting(self, name: str) -> object:
         """A setting by its dotted name; None where the run's version of hbt_fast had none."""
@@ -86,6 +81,7 @@ def write_page(run: Path) -> Path:
         ("throughput", "Throughput", _throughput),
         ("memory", "Memory", _memory),
         ("troubles", "Skipped steps and early end", _troubles),
+        ("data", "Data, as the model saw it", _data),
         ("settings", "Settings", _settings),
         ("machine", "Versions and hardware", _machine),
     ]
@@ -94,12 +90,12 @@ def write_page(run: Path) -> Path:
         if content := made(found):
             body.append(f'<section id="{name}"><h2>{title}</h2>\n{content}\n</section>')
     page, path = "\n".join(body), Path(run) / "report.html"
-    path.write_text(
+    write_whole(
+        path,
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(found.name)}: hbt_fast</title>\n<style>\n{STYLE}\n</style>\n</head>\n"
         f"<body><main>\n{page}\n</main></body>\n</html>\n",
-        encoding="utf-8",
     )
     return path
 
@@ -108,19 +104,22 @@ def _read(run: Path) -> _Run:
     wanted = "name the folder that train.run_dir named"
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         raise DataError(f"{run} is no run folder: config.yaml and metrics.jsonl are not both there; {wanted}")
-    records = read_metrics(run / "metrics.jsonl")
-    finished = any(r.get("evaluation") == AFTER for r in records)  # else its file is of a run that went on since
+    metrics = read_metrics(run / "metrics.jsonl")
+    finished = any(
+        r["evaluation"] == AFTER for r in metrics.evaluations
+    )  # else its file is of a run that went on since
     text = (run / "config.yaml").read_text(encoding="utf-8")
     try:
         settings = yaml.safe_load(text)
         before = _optional(run / "evaluation-before.json", Results.from_json)
         after = _optional(run / "evaluation.json", Results.from_json) if finished else None
         machine = _optional(run / "environment.json", json.loads) or {}
+        overview = _optional(run / "overview.json", json.loads) or {}
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{run}: a damaged file of the run folder: {error}") from None
     if not isinstance(settings, dict):
         raise DataError(f"{run / 'config.yaml'}: these are no settings of a run")
-    return _Run(run.resolve().name, text, settings, records, before, after, machine)
+    return _Run(run.resolve().name, text, settings, metrics, before, after, machine, overview)
 
 
 def _optional(path: Path, read: Callable[[str], object]) -> object:
@@ -133,24 +132,25 @@ def _top(run: _Run) -> str:
     model = run.setting("model.path") or "an encoder from nothing"
     names = [source.get("name") or source.get("path") or source.get("format", "") for source in _sources(run)]
     about = f"{run.setting('batch.strategy')} batches of {run.setting('batch.size')} pairs from {', '.join(names)}"
-    state, stopped = f"finished: {run.done:,} of {total:,} steps", ""
-    if run.ended_early:
-        state = f"ended early: {run.done:,} of {total:,} steps"
-    elif run.done < total:
-        state, stopped = f"not finished: {run.done:,} of {total:,} steps are done", " stopped"
+    done = run.metrics.done
+    state, stopped = f"finished: {done:,} of {total:,} steps", ""
+    if run.metrics.ended_early:
+        state = f"ended early: {done:,} of {total:,} steps"
+    elif done < total:
+        state, stopped = f"not finished: {done:,} of {total:,} steps are done", " stopped"
     facts = []
-    if steps := run.steps:
-        last = steps[-max(len(steps) // 20, 1) :]
-        seconds = float(np.median([r["seconds"] for r in steps]))
+    if len(steps := run.steps):
+        last = slice(-max(len(steps) // 20, 1), None)
+        seconds = float(np.median(steps["seconds"]))
         facts = [
-            ("loss, last 5% of the steps", f"{np.mean([r['loss'] for r in last]):.4f}"),
-            ("in-batch accuracy there", f"{np.mean([r['accuracy'] for r in last]):.3f}"),
+            ("loss, last 5% of the steps", f"{np.mean(steps['loss'][last], dtype=float):.4f}"),
+            ("in-batch accuracy there", f"{np.mean(steps['accuracy'][last], dtype=float):.3f}"),
             ("pairs per second, median step", f"{run.setting('batch.size') / seconds:,.0f}"),
             ("a step, median", f"{seconds:.3g} s"),
-            ("in steps, altogether", clock(sum(r["seconds"] for r in steps))),
+            ("in steps, altogether", clock(steps["seconds"].sum(dtype=float))),
         ]
-        if "memory_gib" in steps[-1]:
-            facts.append(("memory, peak", f"{max(r['memory_gib'] for r in steps if 'memory_gib' in r):.1f} GiB"))
+        if np.isfinite(memory := steps["memory_gib"]).any():
+            facts.append(("memory, peak", f"{np.nanmax(memory):.1f} GiB"))
     tiles = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts)
     return (
         f"<header><h1>{escape(run.name)}</h1>\n"
@@ -197,14 +197,11 @@ def _metric(name: str, value: float, sign: str = "") -> str:
     return format(value, f"{sign},.1f" if name == "rank_distance" else f"{sign}.4f")
 
 
-def _x(records: Sequence[dict]) -> list[int]:
-    return [r["step"] + 1 for r in records]
-
-
 def _by_kind(run: _Run, name: str, label: str, *, zero: bool) -> str:
-    kinds = sorted({r["kind"] for r in run.steps})
-    groups = {kind: [r for r in run.steps if r["kind"] == kind] for kind in kinds}
-    lines = [Line(kind, _x(found), [r[name] for r in found]) for kind, found in groups.items()]
+    steps, lines = run.steps, []
+    for kind in sorted(steps.kinds):
+        of_kind = steps.of_kind(kind)
+        lines.append(Line(kind, steps.step[of_kind] + 1, steps[name][of_kind]))
     return line_chart(lines, label, zero=zero) if lines else ""
 
 
@@ -218,7 +215,7 @@ def _accuracy(run: _Run) -> str:
 
 def _during(run: _Run) -> str:
     """Evaluations over the steps, the best of them marked."""
-    made = [r for r in run.records if r.get("evaluation") == DURING]
+    made = [r for r in run.metrics.evaluations if r["evaluation"] == DURING]
     if not made:
         return ""
     metric = run.setting("eval.metric") or "mul"
@@ -226,7 +223,7 @@ def _during(run: _Run) -> str:
     keys = _keys(any(r["cr"] is not None or r["rank_distance"] is not None for r in made))
     pick = min if metric in LOWER_IS_BETTER else max
     best = pick(measured, key=lambda r: r[metric])["step"] if measured else None
-    before = [{**r, "step": 0} for r in run.records if r.get("evaluation") == BEFORE][-1:]
+    before = [{**r, "step": 0} for r in run.metrics.evaluations if r["evaluation"] == BEFORE][-1:]
     start = [r for r in before if r.get("task") == made[0].get("task")]  # eval.queries makes the task a smaller one
     curve = start + made
     lines = [
@@ -262,7 +259,7 @@ def _maps(run: _Run) -> str:
 
 def _drawn(run: _Run) -> str:
     """Language pairs and batches of the steps so far."""
-    drawn = next((r for r in reversed(run.records) if "drawn_until" in r), None)
+    drawn = run.metrics.drawn
     if drawn is None or not drawn["pairs"]:
         return ""
     pairs = {tuple(name.split(">")): count for name, count in drawn["pairs"].items()}
@@ -281,44 +278,43 @@ def _drawn(run: _Run) -> str:
 
 def _phases(run: _Run) -> str:
     """Share of every step's time by phase, and of all steps together."""
-    steps = [r for r in run.steps if "phases" in r]
-    if not steps:
+    steps, phases = run.steps, run.steps.phases
+    if not phases:
         return ""
-    by_step = [phase_shares([r]) for r in steps]
-    shares = {name: [share.get(name, 0.0) for share in by_step] for name in (*PHASES, OTHER)}
-    whole = phase_shares(steps)
-    said = ", ".join(f"{name} {whole[name]:.1%}" for name in shares)
-    return stacked_chart(_x(steps), shares, "share of a step's time") + f'<p class="soft">All steps: {said}.</p>'
+    by_step = shares(steps["seconds"], steps["waited"], phases)
+    totals = (steps[name].sum(dtype=float) for name in ("seconds", "waited"))
+    whole = shares(*totals, {name: spent.sum(dtype=float) for name, spent in phases.items()})
+    names = (*PHASES, OTHER)
+    said = ", ".join(f"{name} {whole[name]:.1%}" for name in names)
+    chart = stacked_chart(steps.step + 1, {name: by_step[name] for name in names}, "share of a step's time")
+    return chart + f'<p class="soft">All steps: {said}.</p>'
 
 
 def _throughput(run: _Run) -> str:
     steps = run.steps
-    if not steps:
+    if not len(steps):
         return ""
-    pairs = run.setting("batch.size")
-    seconds = [max(r["seconds"], 1e-9) for r in steps]
-    tokens = [r["tokens"] / took for r, took in zip(steps, seconds, strict=True)]
+    seconds, x = np.maximum(steps["seconds"], 1e-9), steps.step + 1
     charts = [
-        line_chart([Line("pairs", _x(steps), [pairs / took for took in seconds])], "pairs per second"),
-        line_chart([Line("tokens", _x(steps), tokens)], "tokens per second"),
+        line_chart([Line("pairs", x, run.setting("batch.size") / seconds)], "pairs per second"),
+        line_chart([Line("tokens", x, steps["tokens"] / seconds)], "tokens per second"),
     ]
     return "".join(charts) + '<p class="soft">Of all ranks. Evaluations and checkpoints lie between steps.</p>'
 
 
 def _memory(run: _Run) -> str:
-    steps = [r for r in run.steps if "memory_gib" in r]
-    if not steps:
+    memory = run.steps["memory_gib"]
+    if not np.isfinite(memory).any():
         return ""
     note = '<p class="soft">The most that rank 0 has held since it began: of its GPU, or of main memory.</p>'
-    return line_chart([Line("memory", _x(steps), [r["memory_gib"] for r in steps])], "GiB, peak so far") + note
+    return line_chart([Line("memory", run.steps.step + 1, memory)], "GiB, peak so far") + note
 
 
 def _troubles(run: _Run) -> str:
     """Skipped steps, and why training ended early."""
-    skipped = [r for r in run.records if "skipped" in r]
+    skipped = run.metrics.skipped
     parts = []
-    if run.ended_early:
-        ended = run.ended_early
+    if ended := run.metrics.ended_early:
         parts.append(f"<p>Training ended after {ended['after']:,} steps: {escape(ended['ended_early'])}.</p>")
     if skipped:
         rows = [[f"{r['step']:,}", r["source"], r["skipped"]] for r in skipped[:SKIPPED]]
@@ -326,6 +322,11 @@ def _troubles(run: _Run) -> str:
     if len(skipped) > SKIPPED:
         parts.append(f"<p>And {len(skipped) - SKIPPED:,} more; bad-batches.jsonl lists all.</p>")
     return "".join(parts)
+
+
+def _data(run: _Run) -> str:
+    """The overview of data, prompts and tokenizer that the log began with."""
+    return f"<pre>{escape(in_words(run.overview))}</pre>" if run.overview else ""
 
 
 def _settings(run: _Run) -> str:

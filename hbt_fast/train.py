@@ -21,8 +21,8 @@ from hbt_fast.data.feed import Feed
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.data.store import Store
 from hbt_fast.data.switching import Switching
-from hbt_fast.encoder.encoding import weights_checksum
 from hbt_fast.encoder.towers import Towers, make_towers
+from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -32,14 +32,17 @@ from hbt_fast.engine.checkpoint import (
 )
 from hbt_fast.engine.evaluator import Evaluator, spread
 from hbt_fast.engine.guard import SkippedSteps
+from hbt_fast.engine.identity import may_change, run_identity
 from hbt_fast.engine.launch import World, leave, lost_a_rank, make_engine, start
 from hbt_fast.engine.loop import train_steps
+from hbt_fast.engine.metrics import AFTER, DURING
 from hbt_fast.engine.objective import check_loss
-from hbt_fast.engine.runlog import AFTER, DURING, RunLog
+from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.step import Stepper
 from hbt_fast.engine.validation import Validation
-from hbt_fast.prepare import prepare, roles
+from hbt_fast.overview import in_words, overview
+from hbt_fast.prepare import prepare, resolve, roles
 from hbt_fast.report import before_and_after, write_model_card
 from hbt_fast.settings import check_config
 
@@ -47,10 +50,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+    from hbt_fast.encoder.prompts import Prompts
     from hbt_fast.evaluation.metrics import Results
 
 
-@program("hbt_fast.train")
+@program("hbt_fast.train", at_end=leave)
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line; errors that a user can mend end the program with one message and status 2.
 
@@ -64,16 +68,20 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         reason = str(error).splitlines()[0]
         end("hbt_fast.train", f"another rank is gone, its own output says why ({reason}); train.resume=true goes on", 1)
-    finally:
-        leave()
 
 
 def train(config: Config) -> Path:
     """A whole run: data, training, evaluation, export. Returns the run folder."""
     check_config(config)
+    config, prompts = resolve(config)
     world = start(config.train)
     run = Path(config.train.run_dir)
-    log = RunLog(run, config, world)
+    with RunLog(run, config, world) as log:
+        _train(config, prompts, world, run, log)
+    return run
+
+
+def _train(config: Config, prompts: Prompts, world: World, run: Path, log: RunLog) -> None:
     log.say(f"{world.size} x {world.device}, {config.batch.strategy} batches of {config.batch.size} pairs -> {run}")
 
     evaluator = Evaluator(config, world, log)
@@ -82,18 +90,26 @@ def train(config: Config) -> Path:
     rewrite = make_rewrite(store, tokenizer, config, log)
     towers = build(config, tokenizer, world.autocast)
     check_loss(config.loss, towers.queries.dimension)
-    identity = {**planner.identity, **(rewrite.identity if rewrite else {}), "steps": config.train.steps}
-    if frozen := towers.frozen():
-        identity["frozen weights"] = weights_checksum(frozen)
+    identity = run_identity(config, planner, rewrite, towers)
     make_alike(world, config, identity, towers)
+    known = overview(prompts, store, tokenizer, planner) if world.first else {}
+    log.say(in_words(known))
     towers.to(world.device)
     resumed = Checkpoint(0, {}, {}, {})
     if config.train.resume:
-        folder, resumed = checkpoint_of_all(world, run, identity)
+        folder, resumed = checkpoint_of_all(world, run, identity, may_change(config))
+        if resumed.step > config.train.steps:
+            raise SettingError(
+                f"{folder} is of step {resumed.step}, and train.steps is {config.train.steps}; write as many or more"
+            )
         if folder:
             log.say(f"resuming from {folder}: {resumed.step} of {config.train.steps} steps are done")
+            for change in resumed.changed:
+                log.say(f"from here on another run than before: {change}")
         else:
             log.say(f"no checkpoint in {run} to go on from: training begins at its first step")
+    log.open()
+    log.write("overview.json", known)
     before = evaluator.before(towers)  # of the untrained encoder, or as a stopped run wrote it
     world.barrier()
     first, skipped = resumed.step, resumed.progress.get("skipped", 0)
@@ -133,7 +149,7 @@ def train(config: Config) -> Path:
     if world.first:
         if validation.best_step not in (None, done):
             log.say(f"step {validation.best_step} was the best and is exported")
-            parameters = load_checkpoint(checkpoint_folder(run, validation.best_step), identity).parameters
+            parameters = load_checkpoint(checkpoint_folder(run, validation.best_step), None).parameters
         trained.load_trained(parameters)
         trained.export(run / "model")
     after = evaluator(spread(trained, world), AFTER, done if validation.best_step is None else validation.best_step)
@@ -142,7 +158,6 @@ def train(config: Config) -> Path:
         write_model_card(run / "model", config, store, before, after)
         log.finish({"exported model": run / "model", "settings": run / "config.yaml", **plots})
     world.barrier()
-    return run
 
 
 def build(config: Config, tokenizer: PreTrainedTokenizerFast, autocast: torch.dtype | None = None) -> Towers:

@@ -115,7 +115,7 @@ def test_code_switched_batches_train(finished, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["train.resume=true", "batch.alpha=0.4"], "of a run with other settings or data: alpha was 0.5, is 0.4"),
+        (["train.resume=true", "batch.alpha=0.4"], "of a run with other settings or data: batch.alpha was 0.5, is 0.4"),
         (["train.run_dir=other", "eval.task=xquad-r"], "eval.data is not set"),
         (["train.run_dir=other", "train.engine=torch", "train.zero_stage=1"], "needs train.engine deepspeed"),
         (["train.run_dir=other", "batch.strategy=code-switched"], "batch.code_switch.lexicons names no dictionary"),

@@ -122,8 +122,8 @@ def test_a_pooler_need_not_be_in_the_checkpoint(save, name):
         ("pointer", "its weights are no safetensors that can be read .* git without git-lfs; fetch it again"),
         ("truncated", "its weights are no safetensors that can be read .* fetch it again"),
         ("size", "its weights have other sizes than its config.json says; fetch both again"),
-        ("config", "config.json' is not a valid JSON file.; fetch it again"),
-        ("tokenizer", "not a checkpoint that can be loaded: .*; fetch it again"),
+        ("config", "camembert/config.json: not valid JSON .*; fetch it again"),
+        ("tokenizer", "its tokenizer .*tokenizer.json.* cannot be loaded .*; fetch it again"),
     ],
 )
 def test_a_damaged_checkpoint_is_to_be_fetched_again(save, damage, message):

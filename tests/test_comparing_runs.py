@@ -483,7 +483,10 @@ def test_what_cannot_be_compared_is_said_in_words(files, tmp_path, capsys):
     (tmp_path / "list.json").write_text("[1, 2]", encoding="utf-8")
     (tmp_path / "half.json").write_text('{"task": "made-up", "mo": 1}', encoding="utf-8")
     write(tmp_path, "other", replace(results, task="mlqa-r"), replace(values, task="mlqa-r"))
-    write(tmp_path, "fewer", replace(results, languages=["ar", "de"]), values)
+    lists = {name: getattr(results, name)[:2] for name in ("mul_by_language", "rank_distance_by_language")}
+    lists |= {"languages": ["ar", "de"], "matrix": [row[:2] for row in results.matrix[:2]]}
+    lists["by_language"] = {name: column[:2] for name, column in results.by_language.items()}
+    write(tmp_path, "fewer", replace(results, **lists), values)
     write(tmp_path, "context", replace(results, candidates=5), values)
     write(tmp_path, "stale", replace(results, mul=0.5), values)
     write(tmp_path, "damaged", results)

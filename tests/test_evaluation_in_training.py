@@ -18,7 +18,8 @@ from hbt_fast.engine import encode, validation
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.evaluator import Evaluator, load_task
 from hbt_fast.engine.launch import World, make_engine, start
-from hbt_fast.engine.runlog import DURING, RunLog, read_metrics
+from hbt_fast.engine.metrics import DURING, read_records
+from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.validation import Validation, check_evaluation
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.queries import PerQuery
@@ -228,6 +229,7 @@ def measured(config: Config, world: World, towers, trained, folder: Path) -> Res
     encode.TOKENS, encode.ROUNDS = 700, 3
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(folder / "run")))
     log = RunLog(folder / f"run-{world.size}-{world.rank}", config, world)
+    log.open()
     log.writer = Writer()
     before = torch.get_rng_state()
     made = Evaluator(config, world, log)(trained, DURING, 1)
@@ -366,7 +368,7 @@ def test_records_may_have_any_character(tmp_path):
     rows = [{"step": i, "source": "line\u2028separator"} for i in range(3)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 3, "cut', encoding="utf-8")
-    assert read_metrics(tmp_path / "metrics.jsonl") == rows
+    assert list(read_records(tmp_path / "metrics.jsonl")) == rows
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_program_prints_and_writes(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     results = Results.from_json(out.read_text())
     assert f"Mo {results.mo:.4f}  Cr {results.cr:.4f}  Mul {results.mul:.4f}  RD {results.rank_distance:.1f}" in printed
-    assert "query prompt 'Query: ' (default" in printed
+    assert "query prompt '' (none is recorded with the model)" in printed
     assert out.with_suffix(".md").is_file()
     assert out.with_suffix(".png").is_file()
     table = PerQuery.read(tmp_path / "out.queries.npz")
@@ -135,7 +135,7 @@ def test_program_takes_the_first_dimensions(folder, tmp_path, capsys, make_encod
 @pytest.mark.parametrize(
     ("recorded", "flags", "expected"),
     [
-        (None, [], ("Query: ", "Passage: ")),
+        (None, [], ("", "")),
         ({"query": "query: ", "document": "passage: "}, [], ("query: ", "passage: ")),
         ({"query": "", "passage": "p", "document": "d"}, [], ("", "p")),
         ({"query": "query: "}, [], ("query: ", "")),
@@ -146,10 +146,10 @@ def test_program_takes_the_first_dimensions(folder, tmp_path, capsys, make_encod
         (None, ["--task", "bitext", "--query-prompt", "q: "], ("q: ", "q: ")),
     ],
 )
-def test_prompts_come_from_the_command_line_then_the_model_then_the_paper(tmp_path, recorded, flags, expected):
+def test_prompts_come_from_the_command_line_then_the_model_and_are_not_made_up(tmp_path, recorded, flags, expected):
     if recorded is not None:
         (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": recorded}))
-    assert program.choose_prompts(program.parse([str(tmp_path), "--data", "d", *flags]))[0] == expected
+    assert program.prompts_of(program.parse([str(tmp_path), "--data", "d", *flags])).texts == expected
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_program_names_a_bad_encoder_and_a_bad_model(folder, tmp_path, capsys):
 def test_a_broken_prompt_record_is_named(tmp_path):
     (tmp_path / "config_sentence_transformers.json").write_text("{")
     with pytest.raises(EncoderError, match=r"config_sentence_transformers\.json: not valid JSON"):
-        program.choose_prompts(program.parse([str(tmp_path), "--data", "d"]))
+        program.prompts_of(program.parse([str(tmp_path), "--data", "d"]))
 
 
 def test_program_evaluates_a_real_encoder(folder, tmp_path, make_encoder, capsys):

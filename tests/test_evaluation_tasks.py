@@ -114,7 +114,7 @@ def test_rows_become_a_task_with_parallel_answers():
         (lambda p: p["qas"].clear(), r"no questions in it"),
         (lambda p: p["qas"][1].pop("id"), r'paragraph 0, question 1: no "id" that is text; LAReQA files are'),
         (lambda p: p["qas"][0].pop("question"), r"question 'q1': no \"question\" that is text"),
-        (lambda p: p["qas"].append("q3"), r"question 2: an object is needed, this is a str"),
+        (lambda p: p["qas"].append("q3"), r"question 2: an object is needed, this is the text"),
         (lambda p: p["qas"][0].pop("answers"), r"question 'q1': no \"answers\" that is a list"),
         (
             lambda p: p["qas"][0]["answers"][0].pop("answer_start"),
@@ -141,7 +141,7 @@ def test_bad_files_are_named(tmp_path, break_it, message):
     [
         ([], r"en\.json: an object is needed, this is a list"),
         ({"data": {}}, r'en\.json: no "data" that is a list'),
-        ({"data": [{"paragraphs": []}, "t"]}, r"en\.json: article 1: an object is needed, this is a str"),
+        ({"data": [{"paragraphs": []}, "t"]}, r"en\.json: article 1: an object is needed, this is the text"),
         ({"data": [{"paragraphs": {}}]}, r'en\.json: article 0: no "paragraphs" that is a list'),
         ({"data": [{"paragraphs": [[]]}]}, r"en\.json: article 0, paragraph 0: an object is needed, this is a list"),
     ],
@@ -158,7 +158,7 @@ def test_bad_folders_and_rows_are_named(tmp_path):
     with pytest.raises(DataError, match=r"no \.json file"):
         xquad_r(tmp_path)
     (tmp_path / "en.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match=r"en\.json: not valid JSON"):
+    with pytest.raises(DataError, match=r"en\.json:1: not JSON"):
         xquad_r(tmp_path)
     with pytest.raises(DataError, match=r"no file for languages \['xx'\]; there are en"):
         xquad_r(tmp_path, languages=["en", "xx"])

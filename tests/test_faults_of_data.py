@@ -71,7 +71,7 @@ def test_a_row_more_is_refused_until_the_file_is_what_it_was(stopped, whole, cap
     said = refusal(capsys, SOURCES)
     for words in (
         "checkpoint-000003 is of a run with other settings or data", "data: faq: rows was 40, is 41",
-        "data: faq: contents of files was", "Set them back, or start a new run (another train.run_dir)",
+        "data: faq: contents of files was", "Set them back; or start a new run (another train.run_dir)",
     ):  # fmt: skip
         assert words in said
     assert "manual" not in said

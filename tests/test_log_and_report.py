@@ -28,8 +28,9 @@ from hbt_fast.data.rows import DataError
 from hbt_fast.data.shares import BatchConfig
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World
+from hbt_fast.engine.metrics import AFTER, BEFORE, DURING, read_records
 from hbt_fast.engine.progress import clock, log_line, negatives_per_query, phase_shares, short, tokens_of_all
-from hbt_fast.engine.runlog import AFTER, BEFORE, DURING, METRICS, RunLog, read_metrics
+from hbt_fast.engine.runlog import METRICS, RunLog
 from hbt_fast.engine.track import Tracker, scalars
 from hbt_fast.run_page import write_page
 from hbt_fast.train import main
@@ -83,7 +84,7 @@ def finished(tmp_path_factory):
 
 
 def records(run: Path, kind: str) -> list[dict]:
-    return [r for r in read_metrics(run / "metrics.jsonl") if kind in r]
+    return [r for r in read_records(run / "metrics.jsonl") if kind in r]
 
 
 def number(written: str) -> float:
@@ -272,7 +273,8 @@ def test_only_rank_0_has_a_tracker(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = Config(train=TrainConfig(track="wandb"))
     for rank in (1, 0):
-        log = RunLog(tmp_path / "run", config, World(rank, 2, torch.device("cpu")))
+        with RunLog(tmp_path / "run", config, World(rank, 2, torch.device("cpu"))) as log:
+            log.open()
         assert (log.tracker is None) == (rank == 1)
     assert len(fake.began) == 1
 
@@ -378,8 +380,8 @@ def page_of(run: Path) -> Page:
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
-ALL = ["headline", "loss", "accuracy", "during", "maps", "drawn", "phases", "throughput", "memory", "settings",
-       "machine"]  # fmt: skip
+ALL = ["headline", "loss", "accuracy", "during", "maps", "drawn", "phases", "throughput", "memory", "data",
+       "settings", "machine"]  # fmt: skip
 
 
 def test_the_report_of_a_run_has_every_section_and_needs_nothing_else(finished):
@@ -410,12 +412,12 @@ def test_the_report_of_a_run_has_every_section_and_needs_nothing_else(finished):
 
 def test_a_line_that_was_cut_within_a_character_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes('{"step": 0}\n{"source": "中'.encode()[:-1])
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0}]
+    assert list(read_records(tmp_path / "metrics.jsonl")) == [{"step": 0}]
 
 
 def test_an_evaluation_of_another_task_is_no_part_of_the_curve(finished, tmp_path):
     shutil.copytree(finished.run, tmp_path / "run")
-    made = read_metrics(finished.run / "metrics.jsonl")
+    made = list(read_records(finished.run / "metrics.jsonl"))
     before = next(r for r in made if r.get("evaluation") == BEFORE)
     assert f"{before['mul']:.4f}" in page_of(finished.run).text.partition("Evaluations during training")[2]
     before["task"] = "all questions"
@@ -436,7 +438,7 @@ def test_a_report_is_made_of_a_stopped_run(finished, tmp_path, capsys):
     run.mkdir()
     for name in ("config.yaml", "evaluation-before.json", "environment.json", "evaluation.json"):
         shutil.copy(finished.run / name, run)
-    kept = [r for r in read_metrics(finished.run / "metrics.jsonl") if r.get("step", 0) < 5]
+    kept = [r for r in read_records(finished.run / "metrics.jsonl") if r.get("step", 0) < 5]
     kept = [r for r in kept if r.get("evaluation") != AFTER and r.get("drawn_until", 0) <= 4]
     kept += [{"step": 5, "kind": "mono", "source": NAME, "skipped": "the gradient's norm is <nan>"}]
     lines = "".join(json.dumps(r) + "\n" for r in kept)

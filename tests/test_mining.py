@@ -72,6 +72,7 @@ def run(tokenizer, tmp_path):
             dump(rows, tmp_path / f"{name}.jsonl")
         given = ", ".join(f"{{name: {name}, path: {tmp_path / name}.jsonl}}" for name in sources)
         command = ["--model", "mock", "--out", str(tmp_path / out), *arguments(settings), *more, "--output_scores"]
+        command[:0] = ["--query_prompt", "Query: ", "--passage_prompt", "Passage: "]
         command += [f"model.path={tmp_path / 'tokenizer'}", f"data.store_dir={tmp_path / 'stores'}"]
         program.main([*command, f"data.sources=[{given}]"], lambda *_: (encoder or Mock(), "mock"))
         written = tmp_path / out
@@ -392,7 +393,7 @@ def test_a_run_that_stops_leaves_no_half_file_and_the_next_one_goes_on(run, tmp_
     }[where]
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, stopping(original, after))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(sources, OPEN, encoder)
     monkeypatch.setattr(owner, name, original)
     assert (tmp_path / "mined.jsonl").read_text() == "earlier\n"

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from hbt_fast.encoder import Encoder
-from hbt_fast.engine.runlog import read_metrics
+from hbt_fast.engine.metrics import read_records
 from hbt_fast.train import main
 
 SMALL = [
@@ -41,7 +41,7 @@ def run(folder: Path, name: str, *more: str, patch: pytest.MonkeyPatch) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    return [r["loss"] for r in read_records(run / "metrics.jsonl") if "loss" in r]
 
 
 def assert_resumes_alike(folder: Path, name: str, *more: str, patch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_lora_with_gradient_checkpointing_trains_under_zero(folder):
 def test_two_towers_with_a_learned_temperature_train_export_and_resume(folder, monkeypatch, capsys):
     options = ["model.separate_towers=true", "loss.learn_temperature=true", "loss.max_scale=20.01"]
     made = run(folder, "towers", *options, patch=monkeypatch)
-    records = [r for r in read_metrics(made / "metrics.jsonl") if "loss" in r]
+    records = [r for r in read_records(made / "metrics.jsonl") if "loss" in r]
     temperatures = [r["temperature"] for r in records]
     assert temperatures[0] == pytest.approx(0.05)
     assert len(set(temperatures)) > 4
@@ -223,7 +223,7 @@ def test_embeddings_trained_for_it_can_be_cut(folder, monkeypatch, capsys):
         folder, "matryoshka", "loss.matryoshka_dimensions=[16, 8]", "train.learning_rate=0.003", patch=monkeypatch
     )
     plain = run(folder, "plain-fast", "train.learning_rate=0.003", patch=monkeypatch)
-    a, b = (read_metrics(path / "metrics.jsonl")[1]["loss"] for path in (made, plain))
+    a, b = (list(read_records(path / "metrics.jsonl"))[1]["loss"] for path in (made, plain))
     assert a > 2 * b  # three losses
     assert Encoder.from_pretrained(made / "model").encode(TEXTS, dimensions=8).shape == (len(TEXTS), 8)
     with pytest.raises(SystemExit):

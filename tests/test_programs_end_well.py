@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from programs import status
@@ -104,3 +106,42 @@ def test_a_file_that_cannot_be_written_says_so_with_the_room_there_is(tmp_path):
         whole_folder(tmp_path / "file" / "model"),
     ):
         pass
+
+
+GROUP = """
+import os, sys, torch
+from hbt_fast import train
+from hbt_fast.base.errors import StoppedError, UserError
+from hbt_fast.config import TrainConfig
+from hbt_fast.engine.launch import start
+
+def work(config):
+    world = start(config.train)
+    held = world.group
+    torch.distributed.all_reduce(torch.ones(3))
+    if sys.argv[1] == "user error":
+        raise UserError("x")
+    if sys.argv[1] == "signal":
+        raise StoppedError(15, "x")
+    if sys.argv[1] == "lost rank":
+        raise RuntimeError("gloo: connection closed by peer")
+
+def threads():
+    return [open(f"/proc/self/task/{n}/comm").read().strip() for n in os.listdir("/proc/self/task")]
+
+train.train = work
+try:
+    train.main(["train.engine=deepspeed"])
+except SystemExit as ended:
+    print(ended.code)
+print([name for name in threads() if "gloo" in name])
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("", None), ("user error", 2), ("signal", 143), ("lost rank", 1)])
+def test_the_process_group_and_its_threads_end_before_the_interpreter(how, code):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", GROUP, how]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [*([] if code is None else [str(code)]), "[]"]

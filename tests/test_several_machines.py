@@ -158,4 +158,4 @@ def test_a_machine_with_other_settings_is_named_before_anything_is_trained(machi
     (first, said), (second, also) = finish(begun)
     assert (first, second) == (2, 2)
     assert "the ranks are not alike; the message of another rank says in what" in said
-    assert "rank 1 is not like rank 0: train: learning_rate is 0.01 on rank 0, 0.02 here" in also
+    assert "rank 1 is not like rank 0: train.learning_rate is 0.01 on rank 0, 0.02 here" in also

@@ -15,7 +15,7 @@ from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World, start
 from hbt_fast.engine.memory import out_of_memory
-from hbt_fast.engine.runlog import read_metrics
+from hbt_fast.engine.metrics import read_records
 from hbt_fast.train import make_feed, make_planner
 
 STEPS = 4
@@ -115,7 +115,7 @@ def worker(rank: int, world: int, folders: list[str], out: str, engines: list[st
                 assert stepper.tokens < 120, "this rank is told of the other's"
                 assert len(said) == (2 if name == "later_and_again" else 1)
         states["fp16"], *_ = steps(config, store, here, autocast=torch.float16)
-        here16 = World(here.rank, here.size, here.device, torch.float16, here.group)
+        here16 = World(here.rank, here.size, here.device, torch.float16)
         states["fp16 scaled"], said, stepper = steps(config, store, here16, autocast=torch.float16, scale=2.0**40)
         assert said[0].startswith("step 0: fp16 overflowed (the gradient's norm is ")
         assert 1 < stepper.scale.value < 2.0**40
@@ -204,7 +204,7 @@ def test_a_process_that_really_runs_out_of_memory_ends_where_one_with_small_micr
     _, small = program(20_000, RUNS[0], 512)
     said, result = program(400, RUNS[1], 32_768)
     assert "memory ran out; the step is repeated with micro-batches of 16384 tokens" in said
-    losses = [[r["loss"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in r] for run in RUNS]
+    losses = [[r["loss"] for r in read_records(tmp_path / run / "metrics.jsonl") if "loss" in r] for run in RUNS]
     assert len(losses[1]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     worst = max(float((result[name] - small[name]).abs().max()) for name in small if not name.endswith("key.bias"))

@@ -126,12 +126,12 @@ def test_a_draft_that_was_damaged_or_is_of_other_settings_is_not_gone_on_from(tm
         build_source(tmp_path / "s", "s", rows, tokenizer, *roles, progress=False, chunk_rows=chunk_rows)
 
     def stopping(*_):
-        raise InterruptedError
+        raise RuntimeError
 
     work = tmp_path / "s.partial"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hbt_fast.data.draft.label_contents", stopping)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(RuntimeError):
             build()
     assert json.loads((work / "journal.jsonl").read_text().splitlines()[-1])["complete"]
     path = work / "tokens.npy"
@@ -193,8 +193,8 @@ def test_a_store_without_or_with_half_of_its_description_is_refused(whole, tmp_p
     (folder / "source.json").write_text((whole / "source.json").read_text()[:-9])
     with pytest.raises(DataError, match="no whole token store there"):
         SourceStore.open(folder)
-    (folder / "source.json").write_text((whole / "source.json").read_text().replace('"format": 2', '"format": 9'))
-    with pytest.raises(DataError, match=r"format 9, this program reads 2; delete the folder"):
+    (folder / "source.json").write_text((whole / "source.json").read_text().replace('"format": 3', '"format": 9'))
+    with pytest.raises(DataError, match=r"format 9, this program reads 3; delete the folder"):
         SourceStore.open(folder)
 
 

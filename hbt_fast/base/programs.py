@@ -21,35 +21,48 @@ P = ParamSpec("P")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a write to an open file fails so, without a file name
 
 
-def program(name: str, *also: type[Exception]) -> Callable[[Callable[P, object]], Callable[P, None]]:
+def program(
+    name: str, *also: type[Exception], at_end: Callable[[], None] = lambda: None
+) -> Callable[[Callable[P, object]], Callable[P, None]]:
     """Make a function the main function of a program: it returns where all is done, and exits with a status otherwise.
 
     Args:
         name: of the program, before each message.
         also: errors besides UserError that are the user's to mend.
+        at_end: is called last, when nothing of what the program did is held any more, its exceptions included.
     """
 
     def frame(main: Callable[P, object]) -> Callable[P, None]:
-        @functools.wraps(main)
-        def framed(*arguments: P.args, **named: P.kwargs) -> None:
+        def status(*arguments: P.args, **named: P.kwargs) -> int | str | None:
+            """What the program exits with; its message is written."""
             try:
                 main(*arguments, **named)
+            except SystemExit as ended:
+                return ended.code
             except (UserError, *also) as error:
-                end(name, str(error), 2)
+                return _said(name, str(error), 2)
             except StoppedError as stopped:
-                end(name, str(stopped), 128 + stopped.number)
+                return _said(name, str(stopped), 128 + stopped.number)
             except KeyboardInterrupt:
-                end(name, "interrupted (Ctrl-C)", 130)
+                return _said(name, "interrupted (Ctrl-C)", 130)
             except MemoryError as error:
-                end(name, f"memory ran out{': ' * bool(str(error))}{error}", 2)
+                return _said(name, f"memory ran out{': ' * bool(str(error))}{error}", 2)
             except BrokenPipeError:  # its output went to a program that has ended, such as head
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(141)
+                return 141
             except OSError as error:
                 if error.filename is None and error.errno not in DISK:
                     raise
                 where = "" if error.filename is None else f"{error.filename}: "
-                end(name, f"{where}{error.strerror}", 2)
+                return _said(name, f"{where}{error.strerror}", 2)
+            return 0
+
+        @functools.wraps(main)
+        def framed(*arguments: P.args, **named: P.kwargs) -> None:
+            code = status(*arguments, **named)
+            at_end()
+            if code:
+                sys.exit(code)
 
         return framed
 
@@ -58,5 +71,9 @@ def program(name: str, *also: type[Exception]) -> Callable[[Callable[P, object]]
 
 def end(name: str, message: str, status: int) -> NoReturn:
     """End the program with a message on stderr and a status."""
+    sys.exit(_said(name, message, status))
+
+
+def _said(name: str, message: str, status: int) -> int:
     print(f"{name}: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
+    return status

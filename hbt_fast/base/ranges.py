@@ -54,8 +54,10 @@ def real(low: float, high: float, *, above: bool = False, below: bool = False) -
     """A finite number from low to high.
 
     Args:
-        low: the least; `above`: it must be above that.
-        high: the largest; `below`: it must be below that.
+        low: the least.
+        high: the largest.
+        above: it must be above the least.
+        below: it must be below the largest.
     """
     write = f"a number {'above' if above else 'from'} {low:g} {'and below' if below else 'to'} {high:g}"
 

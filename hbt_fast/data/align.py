@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from hbt_fast.base.files import write_whole, writing
 from hbt_fast.data.lexicon import has_letter, split, unspaced_share
 from hbt_fast.data.rows import DataError
 
@@ -93,14 +94,19 @@ def induce(
 
 
 def write(entries: Iterable[Entry], path: str | Path) -> None:
-    """Write a dictionary that `Lexicon.read` takes: a source word and its translations on each line, tabs between."""
+    """Write a dictionary that `Lexicon.read` takes: a source word and its translations on each line, tabs between.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     table: dict[str, list[str]] = {}
     for entry in entries:
         table.setdefault(entry.source, []).append(entry.target)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join("\t".join([source, *targets]) + "\n" for source, targets in table.items())
-    path.write_text(text, encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
 
 
 def _read(

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from hbt_fast.base.files import sync, write_whole
+from hbt_fast.base.files import sync, write_whole, writing
 from hbt_fast.data import tokenise
-from hbt_fast.data.draft import KEYS, Draft
+from hbt_fast.data.draft import HELPERS, INSTEAD, Draft
+from hbt_fast.data.problems import MALFORMED, Tally
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.store import FORMAT, Role, SourceStore
 from hbt_fast.data.tokenise import ChunkEncoder, PlainRow, RowError, mark
@@ -32,6 +33,7 @@ from hbt_fast.data.workers import Workers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+CHUNK_CHARACTERS = 1 << 27  # of the texts of a chunk of rows, which is closed early where they are very long
 JOURNAL_SECONDS = 10.0  # between lines of the journal: the most work that a kill can lose
 ALONE = 8  # so many chunks are tokenised here before processes are started
 TOKENISER = (sys.executable, "-P", str(Path(tokenise.__file__)))  # -P: its folder stays off sys.path
@@ -54,7 +56,8 @@ def build_source(
     workers: int | None = None,
     progress: bool = True,
     chunk_rows: int = 4096,
-    skipped: list[str] | None = None,
+    tally: Tally | None = None,
+    skip: bool = False,
 ) -> SourceStore:
     """Tokenise the rows of one source and write its store; one that is there is opened instead.
 
@@ -70,20 +73,24 @@ def build_source(
         workers: processes that tokenise a large source; None takes one per core, 0 works in this process's threads.
         progress: show a progress bar on stderr.
         chunk_rows: rows tokenised at a time; a text is stored once per role and chunk.
-        skipped: what the reader of the rows left out, once it is through; written to skipped.txt beside the arrays.
+        tally: what the reader of the rows left out, once it is through; kept with the store, and what is malformed in
+            skipped.txt beside the arrays.
+        skip: leave out, list and count rows that cannot be stored.
 
     Raises:
-        DataError: no rows, a row without query or passage, a text without any token, a damaged draft.
+        DataError: no rows, a damaged draft; a row without query or passage, a text without any token and nothing is
+            skipped.
+        FileError: the folder cannot be written.
     """
     folder = Path(folder)
     with _alone(folder) as work:
         if work is not None:
             if not (work / "source.json").exists():
                 roles = (query.prompt, query.max_length), (passage.prompt, passage.max_length)
-                setup = tokenizer.backend_tokenizer.to_str(), tokenizer_options(tokenizer), roles
+                setup = tokenizer.backend_tokenizer.to_str(), tokenizer_options(tokenizer), roles, skip
                 with closing(Draft(work, _identity(name, chunk_rows, setup))) as draft:
                     if not draft.complete:
-                        _fill(draft, name, rows, setup, workers, progress, chunk_rows, skipped)
+                        _fill(draft, name, rows, setup, workers, progress, chunk_rows, tally)
                     draft.finish(name)
             _publish(work, folder)
     return SourceStore.open(folder)
@@ -107,7 +114,7 @@ def _fill(
     workers: int | None,
     progress: bool,
     chunk_rows: int,
-    skipped: list[str] | None,
+    tally: Tally | None,
 ) -> None:
     """Add the rows that a draft does not have yet."""
     from tqdm import tqdm
@@ -115,29 +122,51 @@ def _fill(
     stream = iter(rows)
     with tqdm(desc=f"tokenising {name}", unit=" rows", unit_scale=True, disable=not progress) as bar:
         _pass_over(draft, stream, name)
-        bar.update(draft.rows)
+        bar.update(draft.taken)
         noted = time.monotonic()
-        chunks = iter(lambda: [_plain(row) for row in islice(stream, chunk_rows)], [])
+        chunks = _chunks(stream, chunk_rows)
         with closing(_encoded(chunks, setup, workers)) as encoded:
             for chunk in encoded:
                 draft.add(chunk)
-                bar.update(len(chunk["field_counts"]))
+                bar.update(chunk["taken"])
                 if time.monotonic() - noted >= JOURNAL_SECONDS:
                     draft.note()
                     noted = time.monotonic()
+    tally = Tally(read=draft.taken) if tally is None else tally
+    for _, languages, why in draft.refused():
+        tally.lose(MALFORMED, languages)
+        tally.skipped.append(why)
     if not draft.rows:
-        raise DataError(f"source {name!r} gave no rows; check its path and data.languages, or remove it")
-    if skipped:
-        write_whole(draft.folder / "skipped.txt", "\n".join(skipped) + "\n")
-    draft.note(complete=True)
+        if tally.read and tally.left_out[MALFORMED] == tally.read:
+            raise DataError(f"source {name!r}: {tally}")
+        why = f": {tally}" if tally.read else ""
+        raise DataError(f"source {name!r} gave no rows{why}; check its path and data.languages, or remove it")
+    if tally.skipped:
+        listing = "".join(f"{line}\n" for line in tally.skipped)
+        write_whole(draft.folder / "skipped.txt", listing.encode(errors="backslashreplace"))
+    draft.note(complete=True, tally=tally.plain())
+
+
+def _chunks(stream: Iterator[Row], most: int) -> Iterator[list[PlainRow]]:
+    """The rows, so many at a time, or fewer where their texts are very long."""
+    chunk, characters = [], 0
+    for row in stream:
+        chunk.append(_plain(row))
+        texts = chain(row.queries.values(), row.passages.values(), *row.negatives.values())
+        characters += sum(map(len, texts))
+        if len(chunk) == most or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _pass_over(draft: Draft, stream: Iterator[Row], name: str) -> None:
     """Read the rows that are in already, and see that the last of them is the one it was."""
     last = None
-    for row in islice(stream, draft.rows):
+    for row in islice(stream, draft.taken):
         last = row
-    if draft.rows and (last is None or mark(_plain(last)) != draft.tail):
+    if draft.taken and (last is None or mark(_plain(last)) != draft.tail):
         raise DataError(
             f"source {name!r} does not give the rows that it gave to an interrupted run; delete {draft.folder} and "
             "prepare the data again"
@@ -173,11 +202,12 @@ def _alone(folder: Path) -> Iterator[Path | None]:
     """
     work = folder.with_name(folder.name + ".partial")
     while not folder.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = open(work / "lock", "a")  # noqa: SIM115 - closed below
-        except FileNotFoundError:  # renamed just now
-            continue
+        with writing(work, INSTEAD):
+            work.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = open(work / "lock", "a")  # noqa: SIM115 - closed below
+            except FileNotFoundError:  # renamed just now
+                continue
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,8 +228,9 @@ def _alone(folder: Path) -> Iterator[Path | None]:
 
 def _publish(work: Path, folder: Path) -> None:
     """Give a whole store its name."""
-    for name in ("journal.jsonl", *(f"{key}.npy" for key in KEYS)):
-        (work / name).unlink(missing_ok=True)
-    work.rename(folder)
-    sync(folder.parent)
-    (folder / "lock").unlink()
+    with writing(folder, INSTEAD):
+        for name in ("journal.jsonl", *(f"{key}.npy" for key in HELPERS)):
+            (work / name).unlink(missing_ok=True)
+        work.rename(folder)
+        sync(folder.parent)
+        (folder / "lock").unlink()

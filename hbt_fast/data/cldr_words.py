@@ -47,6 +47,7 @@ class Words:
         # a fact's questions and passage write the same numbers one after the other
         self.number = lru_cache(16)(self.number)
         self.quantity = lru_cache(16)(self.quantity)
+        self._unit = cache(self._unit)  # Babel looks a pattern up through its aliases, every time
 
     def _written(self, text: str) -> str:
         return unicodedata.normalize("NFC", text.translate(self._digits))
@@ -93,13 +94,16 @@ class Words:
 
     def quantity(self, value: Fraction | int | None, unit: str, short: bool = False) -> str:
         """3.5 kilometers, or 3.5 km; a value of None is the one that is asked for: "? kilometers"."""
-        forms = self.locale._data["unit_patterns"][unit]
         plural = "other" if value is None else self.locale.plural_form(_decimal(value))
+        return self._unit(unit, plural, short).format("?" if value is None else self.number(value))
+
+    def _unit(self, unit: str, plural: str, short: bool) -> str:
+        forms = self.locale._data["unit_patterns"][unit]
         for length in ("short", "long", "narrow") if short else ("long", "short", "narrow"):
             patterns = forms.get(length, {})
             pattern = patterns.get(plural) or patterns.get("other")
             if pattern:
-                return pattern.format("?" if value is None else self.number(value))
+                return pattern
         raise KeyError(f"CLDR has no {unit} in {self.locale}")
 
     def amount(self, value: Fraction | int, currency: str, style: str) -> str:

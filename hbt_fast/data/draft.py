@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hbt_fast.base.files import sync, write_whole
+from hbt_fast.base.files import sync, write_whole, writing
 from hbt_fast.data.contents import label_contents
-from hbt_fast.data.growing import GrowingArray, GrowingPeriodic, GrowingSpans
-from hbt_fast.data.store import ARRAYS, FORMAT
+from hbt_fast.data.growing import HEADER, GrowingArray, GrowingPeriodic, GrowingSpans
+from hbt_fast.data.store import ARRAYS, FORMAT, checksum
 
 SPANS, PERIODIC = ("field_offsets", "negative_offsets"), ("field_languages", "field_mono")
 KEYS = {"keys": np.uint64, "key_nodes": np.int64}  # what label_contents takes; no part of the store
+HELPERS = {**KEYS, "refused": np.uint8}  # and a line of JSON for each row that was left out: number, languages, why
+INSTEAD = "make room and start again, it goes on where it stopped; or set data.store_dir to another place"
 
 
 class Draft:
@@ -27,19 +30,29 @@ class Draft:
 
     Attributes:
         rows: how many are in.
-        tail: the mark of the last of them.
+        taken: how many were taken from the source: these, and those that were left out.
+        tail: the mark of the last that was taken.
         complete: whether they are all.
+        tally: of a complete one: what its reader counted, as JSON.
+
+    Raises:
+        FileError: the folder cannot be written; of the methods too.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
         self.arrays: dict[str, GrowingArray | GrowingSpans | GrowingPeriodic] = {}
-        for name, dtype in {**ARRAYS, **KEYS}.items():
+        with writing(folder, INSTEAD):
+            self._open()
+
+    def _open(self) -> None:
+        for name, dtype in {**ARRAYS, **HELPERS}.items():
             kind = GrowingSpans if name in SPANS else GrowingPeriodic if name in PERIODIC else GrowingArray
-            self.arrays[name] = kind(folder / f"{name}.npy", dtype)
-        self.journal = open(folder / "journal.jsonl", "a+b")  # noqa: SIM115 - closed by close
+            self.arrays[name] = kind(self.folder / f"{name}.npy", dtype)
+        self.journal = open(self.folder / "journal.jsonl", "a+b")  # noqa: SIM115 - closed by close
         last = self._last_line()
-        self.rows, self.tail, self.complete = last.get("rows", 0), last.get("tail", ""), last.get("complete", False)
+        self.rows, self.taken, self.tail = last.get("rows", 0), last.get("taken", 0), last.get("tail", "")
+        self.complete, self.tally = last.get("complete", False), last.get("tally", {})
         self.languages: dict[str, int] = {code: n for n, code in enumerate(last.get("languages", ()))}
         self.counts = {what: np.array(found, np.int64) for what, found in last.get("counts", {}).items()}
         for name, array in self.arrays.items():
@@ -57,7 +70,7 @@ class Draft:
                 found = json.loads(line) if line.endswith(b"\n") else {}
             except ValueError:  # torn, and so is all that follows
                 break
-            if found.get("identity") != self.identity:
+            if not isinstance(found, dict) or found.get("identity") != self.identity:
                 break
             last, end = found, end + len(line)
         self.journal.truncate(end)
@@ -65,6 +78,15 @@ class Draft:
 
     def add(self, chunk: dict[str, Any]) -> None:
         """Append the arrays that ChunkEncoder made of a chunk of rows."""
+        with writing(self.folder, INSTEAD):
+            for number, languages, why in chunk["refused"]:
+                line = json.dumps([self.taken + number, languages, why]).encode() + b"\n"
+                self.arrays["refused"].append(np.frombuffer(line, np.uint8))
+            if "tokens" in chunk:
+                self._append(chunk)
+        self.taken, self.tail = self.taken + chunk["taken"], chunk["tail"]
+
+    def _append(self, chunk: dict[str, Any]) -> None:
         arrays = self.arrays
         numbers = np.array([self.languages.setdefault(c, len(self.languages)) for c in chunk["languages"]], np.int32)
         texts, negatives = arrays["token_hashes"].length, arrays["negative_texts"].length
@@ -89,33 +111,52 @@ class Draft:
             before = self.counts.get(what, np.zeros(0, np.int64))
             found[: len(before)] += before
             self.counts[what] = found
-        self.rows, self.tail = self.rows + len(chunk["field_counts"]), chunk["tail"]
+        self.rows += len(chunk["field_counts"])
 
-    def note(self, complete: bool = False) -> None:
+    def refused(self) -> list[tuple[int, list[str], str]]:
+        """Of the rows that were left out: number among those taken, languages, "where: why"."""
+        array = self.arrays["refused"]
+        with writing(self.folder, INSTEAD):
+            array.sync()
+        raw = array.path.read_bytes()[HEADER : HEADER + array.length]
+        return [tuple(json.loads(line)) for line in raw.splitlines()]
+
+    def note(self, complete: bool = False, tally: dict[str, Any] | None = None) -> None:
         """Sync everything and write a line of the journal: from here on a kill loses nothing of what is in.
 
         Args:
             complete: there are no more rows.
+            tally: what the reader of all rows counted, as JSON.
         """
-        for array in self.arrays.values():
-            array.sync()
-        sync(self.folder)
-        self.complete = complete
+        self.complete, self.tally = complete, tally or {}
+        with writing(self.folder, INSTEAD):
+            for array in self.arrays.values():
+                array.sync()
+            sync(self.folder)
+            self._note()
+
+    def _note(self) -> None:
         line = {
             "identity": self.identity,
             "rows": self.rows,
+            "taken": self.taken,
             "tail": self.tail,
-            "complete": complete,
+            "complete": self.complete,
+            "tally": self.tally,
             "languages": list(self.languages),
             "counts": {what: found.tolist() for what, found in self.counts.items()},
             "arrays": {name: array.state() for name, array in self.arrays.items()},
         }
-        self.journal.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self.journal.write(json.dumps(line).encode() + b"\n")
         self.journal.flush()
         os.fsync(self.journal.fileno())
 
     def finish(self, name: str) -> None:
         """Number the contents, write the .npy headers and source.json: after it the store is whole."""
+        with writing(self.folder, INSTEAD):
+            self._finish(name)
+
+    def _finish(self, name: str) -> None:
         for key in KEYS:
             self.arrays[key].finish()
         keys, nodes = (np.load(self.folder / f"{key}.npy", mmap_mode="r") for key in KEYS)
@@ -135,15 +176,18 @@ class Draft:
             "rows": self.rows,
             "contents": contents,
             "counts": {what: found.tolist() for what, found in self.counts.items()},
+            "refused": [number for number, _, _ in self.refused()],
+            "tally": self.tally,
             "arrays": {array: self.arrays[array].finish() for array in ARRAYS},
         }
-        write_whole(self.folder / "source.json", json.dumps(meta, ensure_ascii=False, indent=1))
+        write_whole(self.folder / "source.json", json.dumps({**meta, "xxh3_64": checksum(meta)}, indent=1))
 
     def close(self) -> None:
         """Let go of the files."""
         for array in self.arrays.values():
             array.close()
-        self.journal.close()
+        with suppress(OSError):  # of a full disk
+            self.journal.close()
 
 
 def _counts(chunk: dict[str, Any], numbers: np.ndarray, languages: int) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ that differs (see `hbt_fast.data.store` for what these are).
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class GrowingArray:
 
     def close(self) -> None:
         """Let go of the file."""
-        self.file.close()
+        with suppress(OSError):  # what a full disk did not take; it was said when it was to be synced
+            self.file.close()
 
 
 class GrowingSpans:

@@ -18,10 +18,11 @@ from typing import Literal
 import regex
 import xxhash
 
-from hbt_fast.data.formats import lines
 from hbt_fast.data.languages import normalise
+from hbt_fast.data.problems import Problems
+from hbt_fast.data.reading import lines
 from hbt_fast.data.rows import DataError
-from hbt_fast.data.sources import Problems, expand
+from hbt_fast.data.sources import expand
 
 TSHEG = "\u0f0b"  # stands between the syllables of Tibetan, inside words as well as between them
 _SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
@@ -170,8 +171,8 @@ def _pair(file: str, name: str) -> tuple[str, str]:
 def _entries(path: str, problems: Problems) -> Iterator[tuple[str, str]]:
     """(source, target) of a file, NFC, as written."""
     tabs_only = path.split("::")[0].removesuffix(".gz").endswith(".tsv")
-    for number, text in lines(path):
-        if not text.strip():
+    for number, text in lines(path, problems):
+        if text is None or not text.strip():
             continue
         tabs = tabs_only or "\t" in text
         cells = [" ".join(cell.split()) for cell in unicodedata.normalize("NFC", text).split("\t" if tabs else None)]

@@ -16,7 +16,7 @@ From this follow, for every step and without any state:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
@@ -98,7 +98,6 @@ class BatchPlanner:
     Attributes:
         strata: what batches are drawn from.
         shares: per stratum, its share of the steps of its kind.
-        identity: two planners with equal identity plan equal batches.
 
     Raises:
         DataError: the data cannot serve the strategy, a stratum has fewer contents than a batch, or a setting is out
@@ -108,9 +107,6 @@ class BatchPlanner:
     def __init__(self, store: Store, batch: BatchConfig, *, seed: int = 0, steps: int | None = None) -> None:
         check_settings(batch, steps)
         self.store, self.batch, self.seed, self.steps = store, batch, seed, steps
-        self.identity = {**store.identity, "seed": seed, **asdict(batch)}
-        if batch.alpha_end is not None:
-            self.identity["steps"] = steps
         weights = language_weights(batch, store)
         self.strata: list[Stratum] = []
         self.shares: list[float] = []

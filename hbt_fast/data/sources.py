@@ -16,6 +16,8 @@ from typing import Literal
 
 from hbt_fast.base.ranges import NAME, PATH, one_of, ranges, real, whole
 from hbt_fast.data.languages import LANGUAGE, normalise
+from hbt_fast.data.problems import ALONE, EMPTY, LONGEST_LINE, LONGEST_TEXT, MALFORMED, UNWANTED, Problems, Tally
+from hbt_fast.data.reading import half_pair
 from hbt_fast.data.rows import DataError, Row
 
 NAMES = ("query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id")
@@ -83,42 +85,38 @@ class Source:
     weight: float | None = None
 
 
-class Problems:
-    """Malformed rows: raised at once, or collected when the user asked to skip them."""
-
-    def __init__(self, skip: bool, skipped: list[str]) -> None:
-        self.skip, self.skipped = skip, skipped
-
-    def report(self, where: str, reason: str) -> None:
-        """Raise DataError, or note it and return."""
-        if not self.skip:
-            raise DataError(f"{where}: {reason} (data.on_error: skip leaves such rows out and lists them)")
-        self.skipped.append(f"{where}: {reason}")
-
-
 def read_source(
     source: Source,
     languages: tuple[str, ...] | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     skipped: list[str] | None = None,
+    *,
+    tally: Tally | None = None,
+    longest_line: int = LONGEST_LINE,
+    longest_text: int = LONGEST_TEXT,
 ) -> Iterator[Row]:
     """The rows of a source, one at a time.
 
     Texts are NFC-normalised and stripped; languages are short codes (see `normalise`). A row without a query and a
-    passage in the wanted languages is left out silently: it is not an error not to be in these languages.
+    passage in the wanted languages is left out and counted: it is not an error not to be in these languages.
 
     Args:
         source: where to read.
         languages: keep only texts in these.
-        on_error: "raise" stops at the first malformed row; "skip" appends "file:line: reason" to `skipped`.
-        skipped: gets what was skipped.
+        on_error: "raise" stops at the first malformed row; "skip" appends "file:line: reason" to `skipped`. Of a row
+            with texts in many languages the malformed ones are left out.
+        skipped: gets what was skipped; None: `tally.skipped` does.
+        tally: gets the counts of what was read and left out.
+        longest_line: bytes of a line; a longer one is malformed.
+        longest_text: characters of a text; a longer one is malformed.
 
     Raises:
         DataError: what is wrong, in which file and line, and what to write instead.
     """
     from hbt_fast.data import formats
 
-    problems = Problems(on_error == "skip", [] if skipped is None else skipped)
+    limits = {"longest_line": longest_line, "longest_text": longest_text}
+    problems = Problems(on_error == "skip", skipped, tally=tally, **limits)
     wanted = {normalise(code) for code in languages} if languages else None
     kind = _format(source)
     reader = getattr(formats, f"read_{kind}")
@@ -127,40 +125,87 @@ def read_source(
 
 
 def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -> Iterator[Row]:
+    tally = problems.tally
     for row in rows:
-        queries, wrong = _texts(row.queries, wanted)
-        passages, also_wrong = _texts(row.passages, wanted)
-        for reason in dict.fromkeys(wrong + also_wrong):
-            problems.report(row.where, reason)
+        lost: dict[str, str] = {}  # language -> why a text in it is left out
+        wrong: dict[str, None] = {}  # an ordered set
+        queries = _texts(row.queries, wanted, problems, lost, wrong)
+        passages = queries
+        if row.passages is not row.queries:
+            passages = _texts(row.passages, wanted, problems, lost, wrong)
+        negatives = _negatives(row.negatives, wanted, problems, wrong)
+        for reason in wrong:
+            problems.note(row.where, reason)
+        there = queries.keys() | passages.keys()
+        tally.row(there | lost.keys())
+        for language in lost.keys() - there:
+            tally.languages[language][lost[language]] += 1
         if not queries or not passages:
-            continue
-        if len(queries) == len(passages) == 1 and queries == passages:
-            continue  # bitext of which only one language is wanted: nothing to learn from
-        negatives = {}
-        for code, texts in row.negatives.items():
-            language = normalise(code)
-            if texts and (wanted is None or language in wanted):
-                cleaned = (unicodedata.normalize("NFC", text).strip() for text in texts)
-                negatives[language] = tuple(text for text in cleaned if text)
-        yield Row(queries, passages, negatives, row.content, row.where)
+            tally.lose(MALFORMED if wrong else UNWANTED if lost else EMPTY, there)
+        elif len(queries) == len(passages) == 1 and queries == passages:
+            tally.lose(MALFORMED if wrong else ALONE, there)  # nothing to learn from
+        else:
+            yield Row(queries, passages, negatives, row.content, row.where)
 
 
-def _texts(texts: dict[str, str], wanted: set[str] | None) -> tuple[dict[str, str], list[str]]:
-    """The wanted texts by short language code, and what is wrong with the others."""
-    kept, wrong = {}, []
+def _texts(
+    texts: dict[str, str], wanted: set[str] | None, problems: Problems, lost: dict[str, str], wrong: dict[str, None]
+) -> dict[str, str]:
+    """The wanted texts by short language code; why others are `lost`, and what is `wrong` with those of them."""
+    kept: dict[str, str] = {}
     for code, text in texts.items():
         try:
             language = normalise(code)
         except DataError as error:
-            wrong.append(str(error))
+            wrong[str(error)] = None
+            continue
+        if wanted is not None and language not in wanted:
+            lost[language] = UNWANTED
             continue
         text = unicodedata.normalize("NFC", text).strip()
-        if wanted is None or language in wanted:
-            if text:
-                kept.setdefault(language, text)  # of two variants of a language (zh-CN, zh-TW) the first is taken
-            else:
-                wrong.append(f"empty text ({code})")
-    return kept, wrong
+        if reason := _unusable(text, code, problems.longest_text):
+            lost[language] = MALFORMED
+            wrong[reason] = None
+        else:
+            kept.setdefault(language, text)  # of two variants of a language (zh-CN, zh-TW) the first is taken
+    return kept
+
+
+def _negatives(
+    negatives: dict[str, tuple[str, ...]], wanted: set[str] | None, problems: Problems, wrong: dict[str, None]
+) -> dict[str, tuple[str, ...]]:
+    """The wanted hard negatives, as `_texts`; empty ones are passed over."""
+    kept = {}
+    for code, texts in negatives.items():
+        try:
+            language = normalise(code)
+        except DataError as error:
+            wrong[str(error)] = None
+            continue
+        if not texts or not (wanted is None or language in wanted):
+            continue
+        own = []
+        for text in texts:
+            text = unicodedata.normalize("NFC", text).strip()
+            reason = _unusable(text, code, problems.longest_text) if text else ""
+            if reason:
+                wrong[reason] = None
+            elif text:
+                own.append(text)
+        kept[language] = tuple(own)
+    return kept
+
+
+def _unusable(text: str, code: str, longest: int) -> str:
+    """What is wrong with a text; "" if nothing is."""
+    if not text:
+        return f"empty text ({code})"
+    if len(text) > longest:
+        return (
+            f"a text of {len(text):,} characters ({code}); data.longest_text is {longest:,}: split the text, or write "
+            "a larger data.longest_text"
+        )
+    return half_pair(text)
 
 
 def _format(source: Source) -> str:
@@ -204,13 +249,16 @@ def expand(path: str) -> list[str]:
         DataError: nothing there; names what is near.
     """
     member, separator, local = path.rpartition("::")
-    here = Path(local).expanduser()
-    if here.is_dir():
-        found = sorted(str(p) for p in here.rglob("*") if p.is_file() and not p.name.startswith("."))
-    elif any(c in here.name for c in "*?["):
-        found = sorted(str(p) for p in here.parent.glob(here.name))
-    else:
-        found = [str(here)] if here.is_file() else []
+    try:
+        here = Path(local).expanduser()
+        if here.is_dir():
+            found = sorted(str(p) for p in here.rglob("*") if p.is_file() and not p.name.startswith("."))
+        elif any(c in here.name for c in "*?["):
+            found = sorted(str(p) for p in here.parent.glob(here.name))
+        else:
+            found = [str(here)] if here.is_file() else []
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:  # ~nobody, "a**", a name of 300 letters
+        raise DataError(f"{local}: no file can be named so ({error})") from None
     if not found:
         names = [p.name for p in here.parent.iterdir()] if here.parent.is_dir() else []
         near = difflib.get_close_matches(here.name, names, 3, 0.4)

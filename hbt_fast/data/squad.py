@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from hbt_fast.data.problems import EXCLUDED, NO_ANSWER, Problems
+from hbt_fast.data.reading import described, document
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.data.sources import Problems, Source, expand
+from hbt_fast.data.sources import Source, expand
 from hbt_fast.data.store import folded
 
 # a terminator with closing quotes or brackets, then white space and no small letter; CJK ones need no white space
@@ -67,25 +68,25 @@ def read(source: Source, problems: Problems) -> Iterator[Row]:
     joined: dict[str, tuple[dict[str, str], dict[str, str], str]] = {}
     for language, path in files.items():
         for where, paragraph in paragraphs(path):
-            if folded(paragraph["context"]) in texts:
-                continue
+            excluded = folded(paragraph["context"]) in texts
             spans = paragraph.get("sentence_breaks") or (
                 sentences(paragraph["context"]) if source.passage == "sentence" else []
             )
             for qa in paragraph["qas"]:
-                if str(qa.get("id")) in ids:
+                if excluded or str(qa.get("id")) in ids:
+                    problems.tally.leave_out(EXCLUDED, language, not source.files)
                     continue
-                found = _question(
-                    qa, paragraph["context"], spans, source, f"{where}, question {qa.get('id')!r}", problems
-                )
+                here = f"{where}, question {qa.get('id')!r}"
+                found = _question(qa, paragraph["context"], spans, source, language, here, problems)
                 if found is None:
                     continue
                 if not source.files:
-                    yield Row(
-                        {language: found[0]}, {language: found[1]}, {}, None, f"{where}, question {qa.get('id')!r}"
-                    )
+                    yield Row({language: found[0]}, {language: found[1]}, {}, None, here)
                     continue
-                queries, passages, _ = joined.setdefault(str(qa["id"]), ({}, {}, f"{where}, question {qa['id']!r}"))
+                if not isinstance(qa.get("id"), str | int):
+                    problems.report(here, "an id is needed: it joins the languages' questions")
+                    continue
+                queries, passages, _ = joined.setdefault(str(qa["id"]), ({}, {}, here))
                 queries.setdefault(language, found[0])
                 passages.setdefault(language, found[1])
     for queries, passages, where in joined.values():
@@ -98,40 +99,52 @@ def row_of_record(record: dict[str, Any], source: Source, where: str, problems: 
     if not language:
         problems.report(where, "no language; set the source's language")
         return None
-    answers = record.get("answers") or {}
-    if isinstance(answers, dict):
-        starts = answers.get("answer_start") or answers.get("answer_begin_position") or []
-        answers = [
-            {"text": text, "answer_start": at} for text, at in zip(answers.get("text") or [], starts, strict=False)
-        ]
-    context, qa = record.get("context"), {**record, "answers": answers}
-    if not isinstance(context, str):
-        problems.report(where, f"no text 'context'; the fields are {', '.join(record)}")
+    if not isinstance(language, str):
+        problems.report(where, f"'language' is {described(language)}; a language code is needed, as 'en'")
         return None
-    found = _question(qa, context, sentences(context) if source.passage == "sentence" else [], source, where, problems)
+    context, answers = record.get("context"), record.get("answers") or []
+    if isinstance(answers, dict):
+        found, starts = answers.get("text"), answers.get("answer_start") or answers.get("answer_begin_position")
+        lists = [found or [], starts or []]
+        answers = next((part for part in lists if not isinstance(part, list)), None) or [
+            {"text": text, "answer_start": at} for text, at in zip(*lists, strict=False)
+        ]
+    if not isinstance(context, str):
+        there = f"'context' is {described(context)}; the fields are {', '.join(record)}"
+        problems.report(where, f"a text 'context' is needed: {there}")
+        return None
+    spans = sentences(context) if source.passage == "sentence" else []
+    found = _question({**record, "answers": answers}, context, spans, source, language, where, problems)
     return None if found is None else Row({language: found[0]}, {language: found[1]}, {}, None, where)
 
 
 def _question(
-    qa: dict[str, Any], context: str, spans: list, source: Source, where: str, problems: Problems
+    qa: dict[str, Any], context: str, spans: list, source: Source, language: str, where: str, problems: Problems
 ) -> tuple[str, str] | None:
     """(question, passage), or None where there is no answer to go by."""
     question, answers = qa.get("question"), qa.get("answers") or []
     if not isinstance(question, str) or not question.strip():
-        problems.report(where, "no text 'question'")
+        problems.report(where, f"a text 'question' is needed, it is {described(question)}")
         return None
+    if not isinstance(answers, list):
+        problems.report(where, f"'answers' must be a list of {{'answer_start': ...}}, it is {described(answers)}")
+        return None
+    times = qa.get("answer_occurrences")
     if qa.get("is_impossible") or not answers:
+        problems.tally.leave_out(NO_ANSWER, language, not source.files)
         return None
     if source.passage == "paragraph":
         return question, context
-    if qa.get("answer_occurrences", 1) > 1:
-        return None  # the offset is that of the first occurrence, and the sentence perhaps another
-    start = answers[0].get("answer_start")
+    if isinstance(times, int | float) and times > 1:  # the offset is that of the first one
+        problems.tally.leave_out(NO_ANSWER, language, not source.files)
+        return None
+    start = answers[0].get("answer_start") if isinstance(answers[0], dict) else answers[0]
     for begin, end in spans:
         if isinstance(start, int) and begin <= start < end:
             return question, context[begin:end]
     problems.report(
-        where, f"answer_start is {start!r}, which is in no sentence of its paragraph of {len(context)} characters"
+        where,
+        f"answer_start is {described(start)}, which is in no sentence of its paragraph of {len(context)} characters",
     )
     return None
 
@@ -141,39 +154,41 @@ def _excluded(paths: list[str]) -> tuple[set[str], set[str]]:
     ids, texts = set(), set()
     for path in paths:
         for _, paragraph in paragraphs(path):
-            ids |= {str(qa["id"]) for qa in paragraph["qas"]}
+            ids |= {str(qa["id"]) for qa in paragraph["qas"] if qa.get("id") is not None}
             texts.add(folded(paragraph["context"]))
     return ids, texts
 
 
 def paragraphs(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file: article title, paragraph n", paragraph) of SQuAD JSON files.
+    """("file: article title, paragraph n", paragraph) of SQuAD JSON files, seen to have what a paragraph has.
 
     Raises:
         DataError: not JSON, or not SQuAD.
     """
-    import fsspec
-
-    for name in expand(path):
-        if not name.removesuffix(".gz").endswith(".json"):
-            continue
-        try:
-            with fsspec.open(name, "rt", encoding="utf-8", compression="infer") as file:
-                document = json.load(file)
-        except json.JSONDecodeError as error:
-            hint = "an empty file" if not error.doc.strip() else f"not JSON: {error.msg}"
-            raise DataError(f"{name}:{error.lineno}: {hint}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name}: not UTF-8 (byte {error.start}); convert it, for instance: iconv -f latin1 -t utf-8"
-            ) from None
-        if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+    names = expand(path)
+    for name in names:
+        if len(names) > 1 and not name.partition("::")[0].removesuffix(".gz").endswith(".json"):
+            continue  # of a folder: what lies beside the data
+        found = document(name)
+        if not isinstance(found, dict) or not isinstance(found.get("data"), list):
             raise DataError(f'{name}: not SQuAD JSON; it must be {{"data": [{{"paragraphs": [...]}}]}}')
-        for article, entry in enumerate(document["data"]):
-            if not isinstance(entry, dict) or not all(isinstance(p, dict) for p in entry.get("paragraphs") or []):
+        for article, entry in enumerate(found["data"]):
+            several = (entry.get("paragraphs") or []) if isinstance(entry, dict) else None
+            if not isinstance(several, list) or not all(isinstance(p, dict) for p in several):
                 raise DataError(f"{name}: article {article}: not an object with a list 'paragraphs' of objects")
-            for number, paragraph in enumerate(entry.get("paragraphs") or []):
+            for number, paragraph in enumerate(several):
                 where = f"{name}: article {entry.get('title') or article}, paragraph {number}"
-                if not isinstance(paragraph.get("context"), str) or not isinstance(paragraph.get("qas"), list):
-                    raise DataError(f"{where}: needs a text 'context' and a list 'qas'; it has {', '.join(paragraph)}")
+                _check(paragraph, where)
                 yield where, paragraph
+
+
+def _check(paragraph: dict[str, Any], where: str) -> None:
+    if not isinstance(paragraph.get("context"), str) or not isinstance(paragraph.get("qas"), list):
+        raise DataError(f"{where}: needs a text 'context' and a list 'qas'; it has {', '.join(paragraph)}")
+    if not all(isinstance(qa, dict) for qa in paragraph["qas"]):
+        raise DataError(f"{where}: its 'qas' must be objects")
+    breaks = paragraph.get("sentence_breaks") or []
+    if not isinstance(breaks, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(at, int) for at in pair) for pair in breaks
+    ):
+        raise DataError(f"{where}: its 'sentence_breaks' must be a list of [begin, end]")

@@ -28,9 +28,10 @@ and adding one to a training set leaves the others alone. `hbt_fast.data.build` 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -39,7 +40,7 @@ from numba import njit
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.tokenise import folded  # noqa: F401 - how passage texts are compared is part of the format
 
-FORMAT = 2
+FORMAT = 3
 ARRAYS = {
     "tokens": np.int32,
     "token_offsets": np.int64,
@@ -74,6 +75,11 @@ def at(values: np.ndarray, i: int) -> int:
     return values[i] if i < len(values) else values[i % len(values)]
 
 
+def checksum(meta: dict[str, Any]) -> str:
+    """Of what source.json says."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode())
+
+
 @dataclass(frozen=True)
 class Role:
     """How texts of one role are written: the prompt before them and their length limit in tokens, specials included."""
@@ -96,6 +102,11 @@ class SourceStore:
             it: "queries", "passages" and "mono" give a number per language of this source (a row has a language once
             at most), "cross" is [rows with a query and a passage in different languages], "any_mono" is [rows with a
             field that serves monolingual batches].
+        read: rows that the sources gave, these and those that were left out.
+        left_out: reason -> rows of which nothing was kept; see `hbt_fast.data.problems`.
+        read_by_language: language -> "read": rows that had a text in it; and reason -> those of which no text in it
+            was kept.
+        refused: numbers, among the rows that the reader gave, of those that could not be tokenised.
     """
 
     folder: Path
@@ -119,6 +130,10 @@ class SourceStore:
     negative_languages: np.ndarray
     negative_texts: np.ndarray
     negative_contents: np.ndarray
+    read: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    read_by_language: dict[str, dict[str, int]] = field(default_factory=dict)
+    refused: tuple[int, ...] = ()
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> SourceStore:
@@ -135,18 +150,27 @@ class SourceStore:
         folder = Path(folder)
         try:
             meta = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise DataError(
                 f"{folder}: no whole token store there (source.json: {error}); build one with python -m "
                 "hbt_fast.prepare, which goes on where an interrupted one stopped"
             ) from None
-        if meta["format"] != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        if found != FORMAT:
+            raise DataError(f"{folder}: a store of format {found}, this program reads {FORMAT}; delete the folder")
+        if meta.pop("xxh3_64", None) != checksum(meta):
             raise DataError(
-                f"{folder}: a store of format {meta['format']}, this program reads {FORMAT}; delete the folder"
+                f"{folder / 'source.json'}: its checksum is not that of what was written (a damaged disk?); delete "
+                f"{folder} and prepare the data again"
             )
         arrays = {name: _open_array(folder, name, meta["arrays"][name], verify) for name in ARRAYS}
         facts = {key: meta[key] for key in ("name", "rows", "contents", "counts")}
-        return cls(folder=folder, languages=tuple(meta["languages"]), **facts, **arrays)
+        tally = meta["tally"]
+        return cls(
+            folder=folder, languages=tuple(meta["languages"]), **facts, **arrays,
+            read=tally.get("read", meta["rows"]), left_out=tally.get("left_out", {}),
+            read_by_language=tally.get("languages", {}), refused=tuple(meta["refused"]),
+        )  # fmt: skip
 
     @property
     def texts(self) -> int:
@@ -168,8 +192,10 @@ def _open_array(folder: Path, name: str, written: dict, verify: bool) -> np.ndar
     path, again = folder / f"{name}.npy", f"delete {folder} and prepare the data again"
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, EOFError, ValueError) as error:
         raise DataError(f"{path}: missing or damaged ({error}); {again}") from None
+    except OSError as error:  # no permission, no memory to map it: nothing that deleting would mend
+        raise DataError(f"{path}: cannot be opened ({error.strerror or error})") from None
     if array.dtype != ARRAYS[name] or array.shape != (written["length"],):
         raise DataError(f"{path}: not the array that was written; {again}")
     if verify:

@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any, BinaryIO
 
@@ -23,10 +23,19 @@ from tokenizers import Tokenizer
 
 PlainRow = tuple[dict[str, str], dict[str, str], dict[str, tuple[str, ...]], str | None, str]
 PASSAGE_KEY, CONTENT_KEY = 1, 2  # seeds: a source's content ids and passage texts are different key spaces
+AT_ONCE = 1 << 22  # characters that are tokenised at a time: the tokenizers library takes some 40 bytes for each
 
 
 class RowError(ValueError):
     """A row that cannot be stored; the message names its place."""
+
+
+class _RefusedError(Exception):
+    """Rows of a chunk that cannot be stored: why, by their numbers in it."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
 
 
 def folded(text: str) -> str:
@@ -56,10 +65,14 @@ class ChunkEncoder:
         core: a tokenizer of the tokenizers library, as JSON.
         options: its settings that the JSON does not hold: split_special_tokens (bool) and truncation_side.
         roles: (prompt, length limit in tokens) of queries and of passages.
+        skip: leave out rows that cannot be stored, and say which, rather than raise.
     """
 
-    def __init__(self, core: str, options: dict[str, Any], roles: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self, core: str, options: dict[str, Any], roles: Sequence[tuple[str, int]], skip: bool = False
+    ) -> None:
         self.core, self.side, self.roles = Tokenizer.from_str(core), options["truncation_side"], tuple(roles)
+        self.skip = skip
         self.core.no_padding()
         self.core.encode_special_tokens = options["split_special_tokens"]
 
@@ -73,20 +86,40 @@ class ChunkEncoder:
             rows: (queries, passages, negatives, content, where) of each row.
 
         Returns:
-            languages: list of codes; tail: the mark of the last row; field_counts, negative_counts: (rows,) int64;
-            token_counts, character_counts: (texts,) int64; keys: uint64, with the row of each in key_rows: what makes
-            rows one content; negative_keys: (negatives,) uint64; the rest is described in `hbt_fast.data.store`.
+            taken: number of rows; tail: the mark of the last; refused: [number in the chunk, languages, "where: why"]
+            of those that are left out. And of the others, if there are any: languages: list of codes; field_counts,
+            negative_counts: (rows,) int64; token_counts, character_counts: (texts,) int64; keys: uint64, with the row
+            of each in key_rows: what makes rows one content; negative_keys: (negatives,) uint64; the rest is described
+            in `hbt_fast.data.store`.
 
         Raises:
             RowError: a row without query or passage, a text without any token or with half of a surrogate pair.
         """
-        try:
-            return self._arrays(rows)
-        except UnicodeEncodeError as error:
-            where = _place(error.object, rows)
-            raise RowError(f"{where}: the text {error.object[:60]!r} holds half of a surrogate pair; mend it") from None
+        numbers, kept, refused, made = range(len(rows)), rows, [], {}
+        while kept and not made:
+            try:
+                made = self._arrays(kept)
+            except _RefusedError as error:
+                reasons = {i: f"{kept[i][4]}: {why}" for i, why in error.reasons.items()}
+                if not self.skip:
+                    raise RowError(next(iter(reasons.values()))) from None
+                refused += [[numbers[i], sorted({*kept[i][0], *kept[i][1]}), why] for i, why in reasons.items()]
+                numbers = [n for i, n in enumerate(numbers) if i not in reasons]
+                kept = [row for i, row in enumerate(kept) if i not in reasons]
+        return {"taken": len(rows), "tail": mark(rows[-1]), "refused": sorted(refused), **made}
 
     def _arrays(self, rows: Sequence[PlainRow]) -> dict[str, Any]:
+        if bad := [i for i, row in enumerate(rows) if not row[0] or not row[1]]:
+            raise _RefusedError(dict.fromkeys(bad, "a row needs at least one query and one passage"))
+        try:
+            return self._made(rows)
+        except UnicodeEncodeError:
+            bad = _with_text(rows, _half_pair, "the text {!r} holds half of a surrogate pair; mend it")
+            if not bad:
+                raise
+            raise _RefusedError(bad) from None
+
+    def _made(self, rows: Sequence[PlainRow]) -> dict[str, Any]:
         raw: list[bytes] = []  # the texts in UTF-8, in the order of their numbers
         query_numbers: dict[str, int] = {}
         passages_seen: dict[str, tuple[int, int]] = {}  # text -> number, key
@@ -108,9 +141,7 @@ class ChunkEncoder:
         fields: tuple[list[int], list[int], list[int], list[bool]] = ([], [], [], [])
         negatives: tuple[list[int], list[int], list[int]] = ([], [], [])
         field_counts, negative_counts, keys, key_rows = [], [], [], []
-        for index, (queries, passages, hard, content, where) in enumerate(rows):
-            if not queries or not passages:
-                raise RowError(f"{where}: a row needs at least one query and one passage")
+        for index, (queries, passages, hard, content, _) in enumerate(rows):
             own = set()
             codes = queries.keys() if queries.keys() == passages.keys() else queries.keys() | passages.keys()
             for code in codes if len(codes) == 1 else sorted(codes):
@@ -153,7 +184,6 @@ class ChunkEncoder:
         hashes = (xxhash.xxh3_64_intdigest(in_bytes[a:b]) for a, b in pairwise(ends))
         return {
             "languages": list(languages),
-            "tail": mark(rows[-1]),
             "tokens": tokens,
             "token_counts": token_counts,
             "token_hashes": np.fromiter(hashes, np.uint64, count),
@@ -189,11 +219,16 @@ class ChunkEncoder:
         """Put the token ids of a role's texts into `ids`, at their numbers."""
         prompt, limit = role
         self.core.enable_truncation(limit, direction=self.side)
-        encoded = self.core.encode_batch_fast([prompt + text for text in texts])
-        for text, number, one in zip(texts, numbers, encoded, strict=True):
+        encoded = (self.core.encode_batch_fast([prompt + text for text in part]) for part in _parts(texts))
+        nothing = set()
+        for text, number, one in zip(texts, numbers, chain.from_iterable(encoded), strict=True):
             ids[number] = found = one.ids
             if not found:
-                raise RowError(f"{_place(text, rows)}: no token is left of the text {text[:60]!r}; leave it out")
+                nothing.add(text)
+        if nothing:
+            raise _RefusedError(
+                _with_text(rows, nothing.__contains__, "no token is left of the text {!r}; leave it out")
+            )
 
 
 def _key(text: str) -> int:
@@ -201,12 +236,30 @@ def _key(text: str) -> int:
     return xxhash.xxh3_64_intdigest(folded(text).encode(), PASSAGE_KEY)
 
 
-def _place(text: str, rows: Sequence[PlainRow]) -> str:
-    """Where a text first occurs."""
-    for queries, passages, hard, _, where in rows:
-        if text in chain(queries.values(), passages.values(), *hard.values()):
-            return where
-    return "?"
+def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, so many at a time as have about AT_ONCE characters."""
+    part, characters = [], 0
+    for text in texts:
+        part.append(text)
+        characters += len(text)
+        if characters >= AT_ONCE:
+            yield part
+            part, characters = [], 0
+    yield part
+
+
+def _half_pair(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _with_text(rows: Sequence[PlainRow], bad: Callable[[str], bool], why: str) -> dict[int, str]:
+    """The rows that have a bad text, by number, and what is wrong with the first of these."""
+    found = {}
+    for i, (queries, passages, hard, _, _) in enumerate(rows):
+        text = next(filter(bad, chain(queries.values(), passages.values(), *hard.values())), None)
+        if text is not None:
+            found[i] = why.format(text[:60])
+    return found
 
 
 def send(target: BinaryIO, made: dict[str, Any] | str) -> None:

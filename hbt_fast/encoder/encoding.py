@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def embed(encoder: Encoder, texts: list[str], how: How, first: int = 0) -> np.nd
         first: number of the first, for messages.
 
     Raises:
-        EncoderError: a text has no token, or more than the model has positions for.
+        EncoderError: a text has no token, or more than the model has positions for; or its vector is not finite.
     """
     return _embedded(encoder, _packed(encoder, first, texts, how), how)
 
@@ -221,7 +221,7 @@ def _numbered(pieces: Iterator[list[str]], first: int) -> Iterator[tuple[int, li
 
 def _here(encoder: Encoder, pieces: Iterator[tuple[int, list[str]]], how: How, bar: tqdm) -> Iterator[np.ndarray]:
     """The vectors of each piece; the next one is tokenised meanwhile."""
-    ahead: deque[Future] = deque()
+    ahead: deque[Future[_Packed]] = deque()
     with ThreadPoolExecutor(1) as threads:
         for piece in pieces:
             ahead.append(threads.submit(_packed, encoder, *piece, how))
@@ -232,15 +232,24 @@ def _here(encoder: Encoder, pieces: Iterator[tuple[int, list[str]]], how: How, b
             yield _embedded(encoder, ahead.popleft().result(), how, bar)
 
 
-def _packed(encoder: Encoder, first: int, piece: list[str], how: How) -> list[MicroBatch]:
+class _Packed(NamedTuple):
+    """A piece, tokenised: the number of its first text, its texts, and its micro-batches."""
+
+    first: int
+    piece: list[str]
+    micro_batches: list[MicroBatch]
+
+
+def _packed(encoder: Encoder, first: int, piece: list[str], how: How) -> _Packed:
     tokens, offsets = encoder.tokenise(piece, how.prompt, first)
-    return pack(np.arange(len(piece)), tokens, offsets, how.batch_tokens)
+    return _Packed(first, piece, pack(np.arange(len(piece)), tokens, offsets, how.batch_tokens))
 
 
 @torch.inference_mode()
-def _embedded(encoder: Encoder, micro_batches: list[MicroBatch], how: How, bar: tqdm | None = None) -> np.ndarray:
-    """The vectors of a piece's micro-batches, in the order of its texts."""
-    texts, tokens = sum(len(m.index) for m in micro_batches), sum(len(m.tokens) for m in micro_batches)
+def _embedded(encoder: Encoder, packed: _Packed, how: How, bar: tqdm | None = None) -> np.ndarray:
+    """The vectors of a piece, in the order of its texts."""
+    first, piece, micro_batches = packed
+    texts, tokens = len(piece), sum(len(m.tokens) for m in micro_batches)
     device = encoder.device
     out_nd = torch.empty(texts, how.dimensions, device=device, dtype=getattr(torch, how.dtype))
     for micro in micro_batches:
@@ -250,7 +259,19 @@ def _embedded(encoder: Encoder, micro_batches: list[MicroBatch], how: How, bar: 
         out_nd[torch.from_numpy(micro.index).to(device)] = vectors_nd.to(out_nd.dtype)
         if bar is not None:
             bar.update(texts * len(micro.tokens) / tokens)
+    finite_n = out_nd.isfinite().all(1)
+    if not finite_n.all():
+        bad = int(finite_n.int().argmin())
+        raise EncoderError(
+            f"the vector of text {first + bad} ({piece[bad][:60]!r}) holds NaN or infinity: the model is damaged, "
+            f"or its numbers are too large for {encoder.autocast or _dtype(encoder)}; encode in "
+            "fp32, or take another model"
+        )
     return out_nd.cpu().numpy()
+
+
+def _dtype(encoder: Encoder) -> str:
+    return _name(next(encoder.parameters()).dtype)
 
 
 def _in_processes(

@@ -7,20 +7,54 @@ from pathlib import Path
 
 import torch
 
-from hbt_fast.encoder.model import Encoder
+from hbt_fast.base.files import whole_folder
+from hbt_fast.encoder.model import Encoder, EncoderError, check_finite
 from hbt_fast.encoder.modules import RECORDED
 
 
 def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> Path:
     """Write the encoder: safetensors, config, tokenizer and the sentence-transformers files.
 
+    The folder is there whole or not at all; an earlier one at its place stays until then.
+
     Args:
-        encoder: its prompts are written as "query", "passage" and "document" (sentence-transformers' own name).
-        folder: made if absent.
+        encoder: its prompts are written as "query", "passage" and "document" (sentence-transformers' own name), and
+            those of other names as they are.
+        folder: made if absent, replaced if there.
         state: parameters by the encoder's names, where the module's own are not whole (ZeRO-3 shards them).
+
+    Returns:
+        The folder.
+
+    Raises:
+        EncoderError: a weight is NaN or infinite, or the folder is there and no earlier export; nothing is written.
+        FileError: the folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder)
+    with whole_folder(folder) as begun:
+        write(encoder, begun, state)
+    return folder
+
+
+def check_place(folder: Path) -> None:
+    """See that nothing but an earlier export would be replaced.
+
+    Raises:
+        EncoderError: a file, or a folder with other things in it.
+    """
+    earlier = [folder / place / "modules.json" for place in ("", "query")]
+    if folder.exists() and not (folder.is_dir() and (any(map(Path.exists, earlier)) or not any(folder.iterdir()))):
+        raise EncoderError(f"{folder} is there and no earlier export, which alone is replaced; name another folder")
+
+
+def write(encoder: Encoder, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """What `export` writes, into a folder that is there.
+
+    Raises:
+        EncoderError: a weight is NaN or infinite.
+    """
+    check_finite(encoder.named_parameters() if state is None else state.items(), "what was to be exported")
     weights = None
     if state is not None:
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -38,7 +72,11 @@ def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] 
     files = {
         "tokenizer_config.json": tokenizer,
         "sentence_bert_config.json": {"max_seq_length": encoder.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"prompts": prompts, "similarity_fn_name": "cosine"},
+        "config_sentence_transformers.json": {
+            "prompts": prompts,
+            "default_prompt_name": encoder.default_prompt,
+            "similarity_fn_name": "cosine",
+        },
         "1_Pooling/config.json": pooling,
     }
     paths = ["", "1_Pooling"]
@@ -56,7 +94,6 @@ def export(encoder: Encoder, folder: str | Path, state: dict[str, torch.Tensor] 
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
 
 
 def _write_dense(encoder: Encoder, i: int, folder: Path, state: dict[str, torch.Tensor] | None) -> dict:

@@ -1,28 +1,46 @@
 """Reading a checkpoint's tokenizer and transformer, and refusing those that cannot be used as they are.
 
 No code of a checkpoint is run, only safetensors are read, and every weight must be there and fit: transformers would
-make up what is missing, and vectors would differ from one loading to the next.
+make up what is missing (weights, and a tokenizer of five tokens), and vectors would be wrong without a word.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from hbt_fast.encoder.model import EncoderError
+from hbt_fast.encoder.checkpoint_files import Fields, find, read_fields, refusals, shown
+from hbt_fast.encoder.model import EncoderError, check_finite
 from hbt_fast.encoder.modules import lower_cases
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+    from hbt_fast.encoder.model import Encoder
+
 SHOWN = 3  # names of weights in a message
+VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model")  # each is a whole tokenizer
+PROBES = [
+    "What is 1 + 1?",
+    "\u00dcber die Br\u00fccke\n\t",
+    "\u0639\u0631\u0628\u064a \u4e2d\u6587 \u0939\u093f \U0001f600",
+    " ",
+    "a" * 200,
+]
+COUNTS = ("layer", "group", "expert")  # in a key of config.json: so many modules are made one by one
+MODULES, LABELS, LARGEST = 1 << 10, 1 << 17, 1 << 31  # the largest such numbers, of labels, and of anything
+IGNORED = (  # of config.json: they name kernels on the hub, ways to quantise, and files of weights to read in place
+    "quantization_config",
+    "compression_config",
+    "transformers_weights",
+    "auto_map",
+)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -32,21 +50,42 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         path: folder or hub name.
 
     Raises:
-        EncoderError: no such checkpoint, no fast tokenizer, or one that cannot be read.
+        EncoderError: no such checkpoint, no fast tokenizer, one that cannot be read, or one with tokens that the
+            model's config.json has no place for.
     """
     from transformers import AutoTokenizer
 
     path = str(path)
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
-    if not (Path(path) / "config.json").exists() and (Path(path) / "query" / "config.json").exists():
-        raise EncoderError(f"{path} holds two encoders; give {path}/query for queries or {path}/passage for passages")
-    if not (Path(path) / "config.json").exists() and (Path(path) / "model" / "config.json").exists():
-        raise EncoderError(f"{path} is the folder of a run; give {path}/model, the encoder that it exported")
-    with _refusals(path):
+    _check_place(path)
+    config = read_fields(path, "config.json")
+    if config is not None:
+        _check_config(config)
+    elif find(path, "tokenizer.json") is None:
+        raise EncoderError(f"{path}: not a checkpoint that can be loaded (no config.json there); give its folder")
+    settings = read_fields(path, "tokenizer_config.json")
+    limit = None if settings is None else settings.values.get("model_max_length")
+    if limit is not None and not (isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 1):
+        raise EncoderError(f'{settings.where}: "model_max_length" is {shown(limit)}; it must be a number from 1 on')
+    what = "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded"
+    with refusals(path, what):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if not tokenizer.is_fast:
+        fast = tokenizer.is_fast
+    if not fast:
         raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
+    _check_there(path, tokenizer)
+    with refusals(path, what):
+        found = tokenizer(PROBES, verbose=False)["input_ids"]
+        names = tokenizer.get_vocab()
+        specials = tokenizer.all_special_ids
+    used = {token for ids in found for token in ids} | set(specials)
+    if unknown := sorted(used - set(names.values())):
+        raise EncoderError(
+            f"{path}/tokenizer.json: it puts the token {unknown[0]:,} into texts, which its vocabulary does not have "
+            '("post_processor" names it); fetch the checkpoint again'
+        )
+    rows = None if config is None else config.values.get("vocab_size")
+    if isinstance(rows, int):
+        _check_vocabulary(path, names, rows, '"vocab_size" in config.json')
     if lower_cases(path):
         _lower_case(tokenizer)
     return tokenizer
@@ -60,25 +99,24 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
         dropout: replaces every dropout probability of the checkpoint's config.
 
     Raises:
-        EncoderError: no such checkpoint, or one that is damaged, incomplete or not an encoder.
+        EncoderError: no such checkpoint, or one that is damaged, incomplete, not finite or not an encoder.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    with _refusals(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if getattr(config, "is_encoder_decoder", False):
+    config = _load_config(path, dropout)
+    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    # an unused pooler would sit in the optimizer without ever getting a gradient
+    poolers = {"add_pooling_layer": False} if _pooler_is_optional(config) else {}
+    _check_sizes(path, config, poolers)
+    try:
+        with refusals(path, "not a checkpoint that can be loaded"):
+            model, info = AutoModel.from_pretrained(path, **options, **poolers, output_loading_info=True)
+    except EncoderError as error:
+        if "ignore_mismatched_sizes" in str(error.__cause__):
             raise EncoderError(
-                f"{path}: {config.model_type} has an encoder and a decoder, which is not supported; take a model that "
-                "is one of them alone, such as xlm-roberta-base"
-            )
-        for name, value in vars(config).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if dropout is not None and "dropout" in name and number:
-                setattr(config, name, dropout)
-        options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        # an unused pooler would sit in the optimizer without ever getting a gradient
-        options |= {"add_pooling_layer": False} if _pooler_is_optional(config) else {}
-        model, info = AutoModel.from_pretrained(path, **options, output_loading_info=True)
+                f"{path}: its weights have other sizes than its config.json says; fetch both again"
+            ) from error
+        raise
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise EncoderError(
@@ -87,7 +125,174 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
         )
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = nn.Identity()  # not None: types without the option call it
+    check_finite(model.named_parameters(), path)
     return model
+
+
+def try_out(encoder: Encoder, path: str) -> None:
+    """See that the tokenizer fits the model, and that a text of three tokens gets a vector.
+
+    Args:
+        encoder: on the CPU.
+        path: of its checkpoint.
+
+    Raises:
+        EncoderError: one or the other is not so: a setting of config.json is of a wrong type, for one.
+    """
+    table = encoder.model.get_input_embeddings()
+    rows = getattr(table, "num_embeddings", None)
+    if rows is not None:
+        _check_vocabulary(path, encoder.tokenizer.get_vocab(), rows, "the model's table of embeddings")
+    training, length = encoder.training, min(3, encoder.max_length, rows or 3)
+    with refusals(path, "a text of three tokens cannot be embedded: is a setting of its config.json wrong?"):
+        encoder.eval()
+        with torch.inference_mode():
+            vector = encoder(torch.arange(length, dtype=torch.int32), torch.tensor([0, length]))
+        finite = bool(vector.isfinite().all())
+        encoder.train(training)
+    if not finite:
+        raise EncoderError(
+            f"{path}: the vector of a text of three tokens holds NaN or infinity: a setting of its config.json is "
+            "wrong, or its weights are; fetch both again"
+        )
+
+
+def _check_place(path: str) -> None:
+    """Refuse what is no checkpoint, and say where one is."""
+    if not path or ((path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir()):
+        raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
+    adapter = read_fields(path, "adapter_config.json")
+    if adapter is not None:
+        base = adapter.text("base_model_name_or_path") or "BASE"
+        raise EncoderError(
+            f"{path}: this is a LoRA adapter of {base}; merge it (PeftModel.from_pretrained(AutoModel.from_pretrained("
+            f'"{base}"), "{path}").merge_and_unload().save_pretrained("MERGED"), and the tokenizer\'s save_pretrained '
+            "too) and give that folder"
+        )
+    if not (Path(path) / "config.json").exists() and (Path(path) / "query" / "config.json").exists():
+        raise EncoderError(f"{path} holds two encoders; give {path}/query for queries or {path}/passage for passages")
+    if not (Path(path) / "config.json").exists() and (Path(path) / "model" / "config.json").exists():
+        raise EncoderError(f"{path} is the folder of a run; give {path}/model, the encoder that it exported")
+
+
+def _check_there(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """See that the tokenizer is the checkpoint's, and was not made up by transformers where files are missing."""
+    own = [name for key, name in type(tokenizer).vocab_files_names.items() if key != "tokenizer_file"]
+    if any(find(path, name) for name in VOCABULARIES) or (own and all(find(path, name) for name in own)):
+        return
+    if Path(path).is_dir() and any(Path(path).glob("*.tiktoken")):
+        return
+    raise EncoderError(
+        f"{path}: no tokenizer there (tokenizer.json{' or ' if own else ''}{' and '.join(own)}); copy the tokenizer of "
+        "the model that it was trained from into it: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+    )
+
+
+def _check_vocabulary(path: str, names: dict[str, int], rows: int, what: str) -> None:
+    largest = max(names, key=names.__getitem__, default=None)
+    if largest is not None and names[largest] >= rows:
+        raise EncoderError(
+            f"{path}: its tokenizer has the token {names[largest]:,} ({largest!r}), and {what} ends at {rows - 1:,}: "
+            "the tokenizer is another model's, or tokens were added to it and not to the model; take the model's own"
+        )
+
+
+def _load_config(path: str, dropout: float | None) -> PretrainedConfig:
+    """The settings of a checkpoint, without those that would have transformers act on more than an architecture."""
+    from transformers import AutoConfig
+
+    fields = read_fields(path, "config.json")
+    if fields is None:
+        raise EncoderError(f"{path}: no config.json there; give a checkpoint folder or a hub name")
+    _check_config(fields)
+    with refusals(fields.where, "transformers does not take it"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if getattr(config, "is_encoder_decoder", False):
+            raise EncoderError(
+                f"{path}: {config.model_type} has an encoder and a decoder, which is not supported; take a model that "
+                "is one of them alone, such as xlm-roberta-base"
+            )
+        config._attn_implementation = config._experts_implementation = None  # which the configs in it get too
+        for one in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+            for key in IGNORED:
+                vars(one or config).pop(key, None)
+        for name, value in vars(config).items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if dropout is not None and "dropout" in name and number:
+                setattr(config, name, dropout)
+    return config
+
+
+def _check_config(fields: Fields) -> None:
+    """Refuse numbers with which transformers would work for hours, or fill the memory, before it finds them wrong."""
+    left = [(fields.where, fields.values)]
+    while left:
+        where, values = left.pop()
+        for key, value in values.items():
+            if isinstance(value, dict):
+                left.append((f'{where}: "{key}"', value))
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            low = key.lower()
+            most = LABELS if low == "num_labels" else MODULES if any(c in low for c in COUNTS) else LARGEST
+            if number and isinstance(value, int) and value > most:
+                raise EncoderError(f'{where}: "{key}" is {shown(value)}, and no model has more than {most:,}')
+            if number and (low.startswith("vocab") or low.startswith("num_")) and value < 0:
+                raise EncoderError(f'{where}: "{key}" is {shown(value)}; it must be a whole number from 1 on')
+            if isinstance(value, float) and not math.isfinite(value):
+                raise EncoderError(f'{where}: "{key}" is {value}; it must be a finite number')
+
+
+def _check_sizes(path: str, config: PretrainedConfig, options: dict[str, bool]) -> None:
+    """See that config.json and the files of weights are about one model, before memory is taken for it."""
+    from safetensors import safe_open
+    from transformers import AutoModel
+
+    files = _weight_files(path)
+    if not files:
+        raise EncoderError(
+            f"{path}: no file named model.safetensors there, and weights in other files are not read; save "
+            "the model with transformers' save_pretrained"
+        )
+    there = 0
+    for file in files:
+        with (
+            refusals(
+                str(file),
+                "its weights are no safetensors that can be read",
+                "perhaps a download that stopped, or git without git-lfs; fetch it again",
+            ),
+            safe_open(file, "pt") as opened,
+        ):
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                part = opened.get_slice(name)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                there += math.prod(shape)
+                if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise EncoderError(
+                        f"{file}: {name} is quantised (of type {dtype}), which is not supported; take the "
+                        "checkpoint as it was before"
+                    )
+    with refusals(f"{path}/config.json", "no model can be made from it"), torch.device("meta"):
+        size = sum(p.numel() for p in AutoModel.from_config(deepcopy(config), **options).parameters())
+    if size > 2 * there + (1 << 22):
+        raise EncoderError(
+            f"{path}: config.json describes a model of {size:,} parameters, and its files of weights hold {there:,}; "
+            "fetch both again"
+        )
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The files of weights that transformers reads."""
+    if (whole := find(path, "model.safetensors")) is not None:
+        return [whole]
+    index = read_fields(path, "model.safetensors.index.json")
+    names = [] if index is None else index.object("weight_map").values.values()
+    found = []
+    for name in dict.fromkeys(name if isinstance(name, str) else shown(name) for name in names):
+        if (file := find(path, name)) is None:
+            raise EncoderError(f"{index.where}: it names {name}, which is not there; fetch it again")
+        found.append(file)
+    return found
 
 
 def _pooler_is_optional(config: PretrainedConfig) -> bool:
@@ -99,36 +304,6 @@ def _pooler_is_optional(config: PretrainedConfig) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-
-
-@contextmanager
-def _refusals(path: str) -> Iterator[None]:
-    """What transformers, tokenizers and safetensors raise for a checkpoint that cannot be loaded, as EncoderError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except EncoderError:
-        raise
-    except SafetensorError as error:
-        raise EncoderError(
-            f"{path}: its weights are no safetensors that can be read ({error}): perhaps a download that stopped, or "
-            "git without git-lfs; fetch it again"
-        ) from error
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise EncoderError(
-                f"{path}: its own Python code would have to be run, which hbt_fast never does; take a checkpoint of an "
-                "architecture that transformers has"
-            ) from error
-        again = "; fetch it again" if isinstance(error, json.JSONDecodeError) or "valid JSON" in str(error) else ""
-        raise EncoderError(f"{path}: not a checkpoint that can be loaded: {error}{again}") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise EncoderError(
-            f"{path}: its weights have other sizes than its config.json says; fetch both again"
-        ) from error
 
 
 def _lower_case(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,8 +26,6 @@ from hbt_fast.encoder.pooling import POOLINGS, Pooling, pool
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PROMPTS = {"query": "Query: ", "passage": "Passage: "}
-
 
 class EncoderError(UserError):
     """A checkpoint, a setting or texts that cannot be used; the message says why and what to do."""
@@ -41,9 +39,12 @@ class Encoder(nn.Module):
         tokenizer: its fast tokenizer.
         pooling: "mean", "cls", "last" or "weighted_mean"; see `hbt_fast.encoder.pooling.pool`.
         max_length: tokens per text in `encode`, special tokens included; no more than the model has positions for.
-        prompts: what to put before texts: {"query": ..., "passage": ...}, nothing where one is missing.
+        prompts: what to put before texts, by name: "query" and "passage", nothing where one is missing, and whatever
+            others a checkpoint records.
         autocast: dtype of the matrix products (torch.bfloat16 on GPUs), or None for the weights' own.
         dense: nn.Linear and activation in turns, between pooling and normalisation; None: nothing.
+        default_prompt: the name of the prompt that sentence-transformers puts before texts where none is named; it is
+            kept for the export, and not put before anything here.
 
     Attributes:
         packs: whether texts go through the model without padding.
@@ -59,6 +60,7 @@ class Encoder(nn.Module):
         prompts: dict[str, str] | None = None,
         autocast: torch.dtype | None = None,
         dense: nn.Sequential | None = None,
+        default_prompt: str | None = None,
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
@@ -66,11 +68,15 @@ class Encoder(nn.Module):
         if dense is not None and dense[0].in_features != (width := model.config.hidden_size):
             raise EncoderError(f"dense takes {dense[0].in_features} dimensions, and the model's vectors have {width}")
         self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
-        self.prompts = dict(PROMPTS if prompts is None else {"query": "", "passage": "", **prompts})
+        self.prompts, self.default_prompt = {"query": "", "passage": "", **(prompts or {})}, default_prompt
         self.max_length, self.autocast = max_length, autocast
         self.dense = dense
         self.train(model.training)  # what transformers loads is in evaluation mode
-        if max_length > (most := room(model)):
+        if (most := room(model)) < 1:
+            raise EncoderError(
+                f"the model has a table of {most:,} positions, which is none for a token; fetch it again"
+            )
+        if max_length > most:
             self.max_length = int(most)
             print(
                 f"the length limit (max_length, --max-length, model.max_length) is {max_length:,}, and the model has "
@@ -98,36 +104,42 @@ class Encoder(nn.Module):
 
         Weights come as float32 whatever the checkpoint's dtype; only safetensors are read and no code of the
         checkpoint is run. What is not given (pooling, length limit, prompts) is taken from the checkpoint's
-        sentence-transformers files, else: mean, 512, "Query: " and "Passage: ". Dense layers come from there alone.
+        sentence-transformers files, else: mean, 512, no prompts. Dense layers come from there alone.
 
         Args:
             path: checkpoint folder or hub name.
             pooling: see the class.
             max_length: see the class.
-            prompts: see the class.
+            prompts: see the class; those that are not named here stay as they are recorded.
             dropout: replaces every dropout probability of the checkpoint's config.
             autocast: see the class.
 
         Raises:
-            EncoderError: no such checkpoint, no safetensors, no fast tokenizer, or modules that are not supported;
-                damaged or missing weights; an architecture that is not transformers' own or has a decoder besides.
+            EncoderError: no such checkpoint, no safetensors, no fast tokenizer or one that does not fit, or modules
+                that are not supported; damaged, missing or non-finite weights; an architecture that has a decoder
+                besides or is not transformers' own.
         """
-        from hbt_fast.encoder.load import load_tokenizer, load_transformer
+        from hbt_fast.encoder.load import load_tokenizer, load_transformer, try_out
         from hbt_fast.encoder.modules import read_recorded
 
         path = str(path)
         tokenizer = load_tokenizer(path)
         recorded = read_recorded(path)
         model = load_transformer(path, dropout)
-        return cls(
+        own = {kind: recorded.prompts.of(kind) or "" for kind in ("query", "passage")}
+        others = {name: prompt for name, prompt in recorded.prompts.named.items() if name != "document"}  # the passage
+        made = cls(
             model,
             tokenizer,
             pooling=pooling or recorded.pooling or "mean",
             max_length=max_length or recorded.max_length or min(512, tokenizer.model_max_length, room(model)),
-            prompts=recorded.prompts if prompts is None else prompts,
+            prompts={**others, **own, **(prompts or {})},
             autocast=autocast,
             dense=recorded.dense,
+            default_prompt=recorded.prompts.default,
         )
+        try_out(made, path)
+        return made
 
     @property
     def dimension(self) -> int:
@@ -173,7 +185,8 @@ class Encoder(nn.Module):
         """The hidden states of packed texts, (T, d), by way of padded rows."""
         lengths = [length for texts, length in sequences.runs for _ in range(texts)]
         padding = self.model.config.pad_token_id
-        padding = 0 if padding is None or padding < 0 else padding  # any token: it is masked
+        rows = self.model.get_input_embeddings().num_embeddings if hasattr(self.model, "get_input_embeddings") else 1
+        padding = padding if padding is not None and 0 <= padding < rows else 0  # any token: it is masked
         ids_nL = pad_sequence(tokens.long().split(lengths), batch_first=True, padding_value=padding)
         length_n = torch.tensor(lengths, device=tokens.device)
         mask_nL = torch.arange(ids_nL.shape[1], device=tokens.device) < length_n[:, None]
@@ -193,13 +206,20 @@ class Encoder(nn.Module):
         Raises:
             EncoderError: a text has no token or is not valid Unicode.
         """
+        from hbt_fast.encoder.checkpoint_files import refusals
+
         pieces, lengths = [], []
         for i in range(0, len(texts), 4096):  # in pieces: the tokenizer's output is bulky
             batch = [prompt + text for text in texts[i : i + 4096]]
             try:
-                ids = self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
-            except TypeError:
-                raise EncoderError(_not_unicode(batch, first + i)) from None
+                with refusals(
+                    "the tokenizer", f"fails on one of the texts {first + i} to {first + i + len(batch) - 1}"
+                ):
+                    ids = self.tokenizer(batch, truncation=True, max_length=self.max_length)["input_ids"]
+            except EncoderError as error:
+                if isinstance(error.__cause__, TypeError):
+                    raise EncoderError(_not_unicode(batch, first + i)) from None
+                raise
             for number, (text, one) in enumerate(zip(batch, ids, strict=True), first + i):
                 if not one:
                     raise EncoderError(f"no token is left of text {number} ({text[:60]!r}); leave it out")
@@ -238,8 +258,8 @@ class Encoder(nn.Module):
             (n, d) unit vectors, in the order of the texts.
 
         Raises:
-            EncoderError: a text is no string or has no token, a setting cannot be met, a process died, or what was
-                interrupted were other texts or another encoder.
+            EncoderError: a text is no string, has no token or gets a vector with NaN or infinity, a setting cannot be
+                met, a process died, or what was interrupted were other texts or another encoder.
         """
         from hbt_fast.encoder.encoding import How, encode
 
@@ -264,6 +284,26 @@ def room(model: nn.Module) -> float:
         return math.inf
     # where the padding has a position, those of texts come after it
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """See that there is no NaN or infinity in tensors, in one pass over them that makes no copy.
+
+    Args:
+        tensors: with their names.
+        where: names them in the message.
+
+    Raises:
+        EncoderError: there is; it names the tensor.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            lowest, highest = torch.aminmax(tensor.detach())  # both NaN if one element is
+            if not (math.isfinite(lowest) and math.isfinite(highest)):
+                raise EncoderError(
+                    f"{where}: {name} holds NaN or infinity, and no text would get a vector; the training that made it "
+                    "went wrong, or the file is damaged: take an earlier checkpoint, or fetch it again"
+                )
 
 
 def _not_unicode(texts: list[str], first: int) -> str:

@@ -6,7 +6,6 @@ without them would be wrong.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from hbt_fast.encoder.model import EncoderError
+from hbt_fast.encoder.checkpoint_files import Fields, find, read_fields, read_list, refusals, shown
+from hbt_fast.encoder.model import EncoderError, check_finite
 from hbt_fast.encoder.pooling import POOLINGS, Pooling
 
 RECORDED = {  # by sentence-transformers: its name of the pooling, and the switch that older ones have
@@ -36,7 +36,32 @@ SETTINGS = [  # of the transformer, by the names that sentence-transformers has 
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
+UNLIMITED = 2**31  # tokens; tokenizers without a limit say 1e30
 AGAIN = "load it in sentence-transformers and save it again"
+
+
+class RecordedPrompts(NamedTuple):
+    """Prompts as sentence-transformers records them.
+
+    Attributes:
+        named: all that have a name there.
+        default: the name of the one that is put before texts where none is named; None: nothing is.
+    """
+
+    named: dict[str, str]
+    default: str | None
+
+    def of(self, kind: str) -> str | None:
+        """The prompt of "query" or "passage"; None if the checkpoint names neither.
+
+        Where it names one, the other has its default, else none, as in sentence-transformers. An empty prompt that is
+        recorded counts.
+        """
+        found = self.named.get("query"), self.named.get("passage", self.named.get("document"))
+        if found == (None, None) and self.default is None:
+            return None
+        own = found[kind == "passage"]
+        return self.named.get(self.default, "") if own is None else own
 
 
 class Recorded(NamedTuple):
@@ -46,13 +71,13 @@ class Recorded(NamedTuple):
         pooling: see `Encoder`.
         dense: see `Encoder`; float32.
         max_length: see `Encoder`.
-        prompts: see `Encoder`.
+        prompts: see there.
     """
 
     pooling: Pooling | None
     dense: nn.Sequential | None
     max_length: int | None
-    prompts: dict[str, str] | None
+    prompts: RecordedPrompts
 
 
 def read_recorded(name: str) -> Recorded:
@@ -65,7 +90,7 @@ def read_recorded(name: str) -> Recorded:
         EncoderError: a module or a setting of one that is not supported, or a file that cannot be read.
     """
     pooling, layers = None, []
-    modules = _json(name, "modules.json", list)
+    modules = read_list(name, "modules.json")
     if modules is not None:
         pooling, layers = _modules(name, modules)
     elif not Path(name).is_dir() and not _known_to_be_absent(name, "modules.json"):
@@ -74,7 +99,8 @@ def read_recorded(name: str) -> Recorded:
             "length limit, prompts) is the default",
             file=sys.stderr,
         )
-    length = _settings(name).get("max_seq_length")
+    length = _settings(name).whole("max_seq_length")
+    length = None if length is None or length >= UNLIMITED else length
     return Recorded(pooling, nn.Sequential(*layers) if layers else None, length, recorded_prompts(name))
 
 
@@ -87,13 +113,11 @@ def lower_cases(name: str) -> bool:
     Raises:
         EncoderError: the file cannot be read.
     """
-    return bool(_settings(name).get("do_lower_case"))
+    return _settings(name).flag("do_lower_case")
 
 
-def recorded_prompts(name: str) -> dict[str, str] | None:
-    """Prompts that a checkpoint was trained with, "query" and "passage"; None if it names neither.
-
-    Where it names one, the other has none, as in sentence-transformers. An empty prompt that is recorded counts.
+def recorded_prompts(name: str) -> RecordedPrompts:
+    """The prompts that a checkpoint records.
 
     Args:
         name: folder or hub name.
@@ -101,15 +125,26 @@ def recorded_prompts(name: str) -> dict[str, str] | None:
     Raises:
         EncoderError: the file cannot be read.
     """
-    prompts = (_json(name, "config_sentence_transformers.json") or {}).get("prompts") or {}
-    found = prompts.get("query"), prompts.get("passage", prompts.get("document"))
-    return None if found == (None, None) else {"query": found[0] or "", "passage": found[1] or ""}
+    settings = read_fields(name, "config_sentence_transformers.json")
+    if settings is None:
+        return RecordedPrompts({}, None)
+    prompts = settings.object("prompts")
+    named = {key: prompts.text(key) for key in prompts.values}
+    default = settings.text("default_prompt_name")
+    if default is not None and named.get(default) is None:
+        names = ", ".join(map(shown, named))
+        raise EncoderError(
+            f'{settings.where}: "default_prompt_name" is {shown(default)}, and "prompts" has {names or "none"}; write '
+            "null or one of these"
+        )
+    return RecordedPrompts({key: prompt for key, prompt in named.items() if prompt is not None}, default)
 
 
-def _settings(name: str) -> dict:
+def _settings(name: str) -> Fields:
     """What is recorded with the transformer: max_seq_length and do_lower_case. The first file that says something."""
-    older = SETTINGS[1:] if _json(name, "modules.json", list) else []  # others are not asked for six files in vain
-    return next(filter(None, (_json(name, file) for file in (SETTINGS[0], *older))), {})
+    older = SETTINGS[1:] if read_list(name, "modules.json") else []  # others are not asked for six files in vain
+    found = (read_fields(name, file) for file in (SETTINGS[0], *older))
+    return next((fields for fields in found if fields and fields.values), Fields(name, {}))
 
 
 def _modules(name: str, modules: list) -> tuple[Pooling, list[nn.Module]]:
@@ -138,12 +173,11 @@ def _modules(name: str, modules: list) -> tuple[Pooling, list[nn.Module]]:
         )
     layers = []
     for module, kind in zip(modules[2:], kinds[2:], strict=True):
-        config = _json(name, f"{module['path']}/config.json") or {}
-        ends = {config.get(f"module_{end}_name") for end in ("input", "output")} - {None, "sentence_embedding"}
+        config = _config(name, module["path"])
+        ends = {config.text(f"module_{end}_name") for end in ("input", "output")} - {None, "sentence_embedding"}
         if ends:
             raise EncoderError(
-                f"{name}/{module['path']}/config.json: a {kind} of {', '.join(map(str, ends))} is not supported; it "
-                "can be of sentence_embedding alone"
+                f"{config.where}: a {kind} of {', '.join(ends)} is not supported; it can be of sentence_embedding alone"
             )
         if kind == "Dense":
             layers += _dense(name, module["path"], config)
@@ -156,76 +190,55 @@ def _modules(name: str, modules: list) -> tuple[Pooling, list[nn.Module]]:
     return _pooling(name, modules[1]["path"]), layers
 
 
+def _config(name: str, folder: str) -> Fields:
+    """The settings of a module; empty where there are none."""
+    path = f"{folder}/config.json"
+    return read_fields(name, path) or Fields(f"{name}/{path}", {})
+
+
 def _pooling(name: str, folder: str) -> Pooling:
-    config = _json(name, f"{folder}/config.json") or {}
-    modes = config.get("pooling_mode") or [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
-    modes = [modes] if isinstance(modes, str) else modes
+    config = _config(name, folder)
+    modes = config.values.get("pooling_mode")
+    if modes is None:
+        modes = [key for key in config.values if key.startswith("pooling_mode_") and config.flag(key)]
+    modes = modes if isinstance(modes, list) else [modes]
     names = {recorded: ours for ours, both in RECORDED.items() for recorded in both}
-    if len(modes) != 1 or modes[0] not in names or not config.get("include_prompt", True):
+    known = len(modes) == 1 and isinstance(modes[0], str) and modes[0] in names
+    if not known or not config.flag("include_prompt", True):
         raise EncoderError(
-            f"{name}/{folder}/config.json: a pooling that is not supported; it can be one of {', '.join(POOLINGS)}, "
-            "prompt included"
+            f"{config.where}: a pooling that is not supported; it can be one of {', '.join(POOLINGS)}, prompt included"
         )
     return names[modes[0]]
 
 
-def _dense(name: str, folder: str, config: dict) -> tuple[nn.Linear, nn.Module]:
+def _dense(name: str, folder: str, config: Fields) -> tuple[nn.Linear, nn.Module]:
     """A linear layer and its activation."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     where = f"{name}/{folder}"
-    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = config.text("activation_function") or "torch.nn.modules.activation.Tanh"
     kind = ACTIVATIONS.get(activation.rpartition(".")[2]) if activation.startswith("torch.nn.") else None
     if kind is None:
         raise EncoderError(
-            f"{where}/config.json: the activation {activation} is not supported; it can be one of torch.nn's "
+            f"{config.where}: the activation {activation} is not supported; it can be one of torch.nn's "
             f"{', '.join(ACTIVATIONS)}"
         )
-    if config.get("use_residual"):
-        raise EncoderError(
-            f"{where}/config.json: a Dense with use_residual is not supported; take a checkpoint without"
-        )
-    path = _file(name, f"{folder}/model.safetensors")
+    if config.flag("use_residual"):
+        raise EncoderError(f"{config.where}: a Dense with use_residual is not supported; take a checkpoint without")
+    path = find(name, f"{folder}/model.safetensors")
     if path is None:
         raise EncoderError(f"{where}: no model.safetensors, and weights in other files are not read; {AGAIN}")
-    try:
-        weights = {key.removeprefix("linear."): tensor for key, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise EncoderError(f"{path}: not a safetensors file that can be read ({error}); fetch it again") from error
-    size = config.get("out_features"), config.get("in_features")
-    wanted = {"weight": size, "bias": size[:1]} if config.get("bias", True) else {"weight": size}
+    with refusals(str(path), "not a safetensors file that can be read"):
+        weights = {key.removeprefix("linear."): tensor.float() for key, tensor in load_file(path).items()}
+    size = config.whole("out_features"), config.whole("in_features")
+    wanted = {"weight": size, "bias": size[:1]} if config.flag("bias", True) else {"weight": size}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     if found != wanted:
         raise EncoderError(f"{path} has {found}, and config.json beside it says {wanted}; fetch both again")
+    check_finite(weights.items(), str(path))
     linear = nn.utils.skip_init(nn.Linear, size[1], size[0], bias="bias" in wanted)  # it would draw random numbers
     linear.load_state_dict(weights)
     return linear, kind()
-
-
-def _json(name: str, path: str, kind: type = dict) -> dict | list | None:
-    """What a file of the checkpoint says; None if it has no such file."""
-    file = _file(name, path)
-    if file is None:
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EncoderError(f"{name}/{path}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(content, kind):
-        raise EncoderError(f"{name}/{path}: not a JSON {'list' if kind is list else 'object'}; fetch it again")
-    return content
-
-
-def _file(name: str, path: str) -> Path | None:
-    """Where a file of the checkpoint is on this machine; None if there is none."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(name, path, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise EncoderError(f"{name}/{path}: cannot be fetched: {error}") from error
-    return found and Path(found)
 
 
 def _known_to_be_absent(name: str, path: str) -> bool:

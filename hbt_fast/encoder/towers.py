@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hbt_fast.base.files import whole_folder
 from hbt_fast.base.ranges import NAME, ranges, real, whole
-from hbt_fast.encoder.export import export
+from hbt_fast.encoder.export import check_place, write
 from hbt_fast.encoder.model import Encoder, EncoderError, room
+from hbt_fast.encoder.prompts import KINDS, choose_prompts
 from hbt_fast.encoder.scratch import encoder_from_scratch
 
 if TYPE_CHECKING:
@@ -115,15 +117,20 @@ class Towers(nn.Module):
 
         Returns:
             The folders.
+
+        Raises:
+            EncoderError, FileError: see `hbt_fast.encoder.export.export`.
         """
         names = [""] if len(self.encoders) == 1 else ["query", "passage"]
-        folders = []
-        for name, encoder in zip(names, self.encoders, strict=True):
-            if hasattr(encoder.model, "merge_and_unload"):
-                encoder.model.save_pretrained(folder / name / "adapter")
-                encoder.model = encoder.model.merge_and_unload()
-            folders.append(export(encoder, folder / name))
-        return folders
+        check_place(folder)
+        with whole_folder(folder) as begun:
+            for name, encoder in zip(names, self.encoders, strict=True):
+                (begun / name).mkdir(exist_ok=True)
+                if hasattr(encoder.model, "merge_and_unload"):
+                    encoder.model.save_pretrained(begun / name / "adapter")
+                    encoder.model = encoder.model.merge_and_unload()
+                write(encoder, begun / name)
+        return [folder / name for name in names]
 
 
 def make_towers(
@@ -162,7 +169,8 @@ def make_towers(
 
 
 def _encoder(model: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Encoder:
-    prompts = {"query": model.query_prompt, "passage": model.passage_prompt}
+    given = {"query": model.query_prompt, "passage": model.passage_prompt}
+    prompts = dict(zip(KINDS, choose_prompts(model.path, given).texts, strict=True))
     if model.path is None:
         dropout = 0.1 if model.dropout is None else model.dropout
         shape = model.scratch

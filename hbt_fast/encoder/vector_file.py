@@ -13,11 +13,12 @@ from time import monotonic
 import numpy as np
 import xxhash
 
-from hbt_fast.base.files import sync, write_whole
+from hbt_fast.base.files import sync, write_whole, writing
 from hbt_fast.data.growing import GrowingArray
 from hbt_fast.encoder.model import EncoderError
 
 SECONDS = 30  # of work that an interruption may cost
+INSTEAD = "make room and start again, it goes on where it stopped; or name another place"
 
 
 class VectorFile:
@@ -35,13 +36,16 @@ class VectorFile:
     Raises:
         EncoderError: the folder is of another encoding, or another process works in it.
         DataError: the vectors in it are damaged.
+        FileError: it cannot be written; of the methods too.
     """
 
     def __init__(self, path: Path, dimensions: int, dtype: str, identity: dict[str, str | int]) -> None:
         self.path, self.identity = path, identity
         self.folder = path.with_name(path.name + ".partial")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.state, self.lock = self.folder / "state.json", open(self.folder / "lock", "a")  # noqa: SIM115 - closed below
+        self.state = self.folder / "state.json"
+        with writing(path, INSTEAD):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a")  # noqa: SIM115 - closed below
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,7 +53,13 @@ class VectorFile:
             raise EncoderError(f"another process is writing {path}") from None
         if not (self.folder / "vectors.npy").exists():  # killed after the vectors went to `path`: begin anew
             self.state.unlink(missing_ok=True)
-        found = json.loads(self.state.read_text(encoding="utf-8")) if self.state.exists() else {}
+        try:
+            found = json.loads(self.state.read_text(encoding="utf-8")) if self.state.exists() else {}
+            if found:
+                found["identity"], found["texts"], found["before"], found["array"]
+        except (ValueError, LookupError, TypeError):
+            self.lock.close()
+            raise EncoderError(f"{self.state}: damaged; delete {self.folder} to begin anew") from None
         if found and found["identity"] != identity:
             self.lock.close()
             other = ", ".join(k for k in identity if found["identity"].get(k) != identity[k])
@@ -58,8 +68,9 @@ class VectorFile:
                 "to another file"
             )
         self.done, self.before, self.noted = found.get("texts", 0), found.get("before", ""), monotonic()
-        self.array = GrowingArray(self.folder / "vectors.npy", dtype, dimensions)
-        self.array.restore(found.get("array"))
+        with writing(path, INSTEAD):
+            self.array = GrowingArray(self.folder / "vectors.npy", dtype, dimensions)
+            self.array.restore(found.get("array"))
         self.under_way: deque[str] = deque()
 
     def left(self, pieces: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -80,17 +91,19 @@ class VectorFile:
 
     def append(self, vectors_nd: np.ndarray) -> None:
         """The vectors of the next piece."""
-        self.array.append(vectors_nd)
-        self.done, self.before = self.done + len(vectors_nd), self.under_way.popleft()
-        if monotonic() - self.noted > SECONDS:
-            self._note()
+        with writing(self.path, INSTEAD):
+            self.array.append(vectors_nd)
+            self.done, self.before = self.done + len(vectors_nd), self.under_way.popleft()
+            if monotonic() - self.noted > SECONDS:
+                self._note()
 
     def finish(self) -> np.ndarray:
         """The file, mapped into memory."""
-        self.array.finish()
-        self.array.path.rename(self.path)
-        self._remove()
-        sync(self.path.parent)
+        with writing(self.path, INSTEAD):
+            self.array.finish()
+            self.array.path.rename(self.path)
+            self._remove()
+            sync(self.path.parent)
         return np.load(self.path, mmap_mode="r" if self.done else None)
 
     def close(self) -> None:

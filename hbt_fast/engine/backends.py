@@ -8,6 +8,7 @@
     engine.step()                 average over ranks, clip, update, forget the gradients; returns the gradient norm;
                                   a norm that is NaN or infinite, which all ranks agree on, is a step without update
     engine.updates                how many updates were made
+    engine.finite()               whether this rank's part of the weights has no NaN or infinity
     engine.state()                what a checkpoint needs, whole tensors on the CPU (collective: call it on all ranks)
     engine.restore(state, n)      the optimizer's part of it, after n updates
 
@@ -23,7 +24,7 @@ by hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -43,6 +44,21 @@ class SettingError(UserError):
 def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of those that are trained."""
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element is NaN or infinite (or their squares are too large to be added up: beyond 1e18).
+
+    Args:
+        tensors: float32, of any shapes, on one device.
+    """
+    if not tensors:
+        return True
+    if tensors[0].is_cuda:
+        total = torch.nn.utils.get_total_norm(tensors)
+    else:  # a product with itself reads a tensor once, at the speed of memory; norms and isfinite are far slower
+        total = torch.stack([flat.dot(flat) for flat in (tensor.detach().reshape(-1) for tensor in tensors)]).sum()
+    return bool(torch.isfinite(total))
 
 
 def _fill_with_nan(module: nn.Module) -> None:
@@ -102,6 +118,9 @@ class TorchEngine:
             self.updates += 1
         self.forget()
         return norm
+
+    def finite(self) -> bool:
+        return all_finite([p for _, p in trained_parameters(self.module)])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(trained parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq")."""
@@ -188,6 +207,16 @@ class DeepSpeedEngine:
         self.updates += 1
         return norm
 
+    def finite(self) -> bool:
+        return all_finite([p.detach() for p in self._partitions()])
+
+    def _partitions(self) -> list[Tensor]:
+        """The float32 weights that this rank updates."""
+        if not self.zero_stage:
+            return [p for _, p in trained_parameters(self.module)]
+        zero = self.engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(trained parameters by name, moments by "name.exp_avg" and "name.exp_avg_sq"), whole on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -214,8 +243,7 @@ class DeepSpeedEngine:
             return
         # The moments live in flat partitions that torch makes at the first update; make them now, then fill them.
         zero = self.engine.optimizer
-        flat = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
-        for partition in flat:
+        for partition in self._partitions():
             zeros = {key: torch.zeros_like(partition) for key in MOMENTS}
             step = torch.tensor(float(updates), device=partition.device)
             zero.optimizer.state[partition] = {"step": step, **zeros}

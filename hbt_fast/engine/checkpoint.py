@@ -2,7 +2,7 @@
 
     checkpoint-000100/model.safetensors       float32 parameters by name (those that are trained)
                       optimizer.safetensors   AdamW's moments by name
-                      state.json              the step, what the run was, and the files' checksums
+                      state.json              the step, what the run was, the files' checksums and its own
 
 A checkpoint is written to a folder beside its place, synced to disk and renamed: a crash or a full disk at any moment
 leaves the earlier ones as they were. There are no random states to keep: batches and dropout masks are functions of
@@ -12,9 +12,9 @@ leaves the earlier ones as they were. There are no random states to keep: batche
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hbt_fast.base.errors import UserError
+from hbt_fast.base.files import free_space, settle, sync
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Checkpoint(NamedTuple):
@@ -36,12 +37,14 @@ class Checkpoint(NamedTuple):
         parameters: the trained ones by name, float32.
         moments: the optimizer's, by name.
         progress: what else `save_checkpoint` was given.
+        changed: in what the run that goes on differs from the one that wrote it, in words.
     """
 
     step: int
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
     progress: dict
+    changed: tuple[str, ...] = ()
 
 
 class CheckpointError(UserError):
@@ -92,9 +95,10 @@ def save_checkpoint(
             "identity": identity,
             "checksums": checksums,
         }
+        state = json.loads(json.dumps(state))
+        state["own checksum"] = _checksum_of(state)
         (work / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in (*work.iterdir(), work):
-            _sync(path)
+        settle(work)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
         raise CheckpointError(_why_not_written(run, final, parameters, moments, error)) from None
@@ -102,7 +106,7 @@ def save_checkpoint(
     if final.exists():
         final.rename(aside)
     work.rename(final)
-    _sync(run)
+    sync(run)
     shutil.rmtree(aside, ignore_errors=True)
     # later ones are damaged (this run went on from before them): they do not count among the newest
     done = [old for old in _checkpoints(run) if _step(old) <= step]
@@ -135,21 +139,33 @@ def newest_step(run: Path) -> int:
     return max(map(_step, _checkpoints(run)), default=-1)
 
 
-def load_checkpoint(folder: Path, identity: dict) -> Checkpoint:
+def load_checkpoint(
+    folder: Path, identity: dict | None, may_change: Callable[[dict, int], Collection[str]] = lambda before, done: ()
+) -> Checkpoint:
     """Read a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        identity: what the run is now; None: whatever it is.
+        may_change: given what the run was and the steps it had done, the names in which it may be another now.
 
     Raises:
         CheckpointError: not whole, or of a run with other settings (named).
     """
     state = _verified_state(folder)
-    now = json.loads(json.dumps(identity))
-    if changed := differences(state["identity"], now, "was {}, is {}"):
+    before, now = state["identity"], json.loads(json.dumps(identity or {}))
+    free = may_change(before, state["step"])
+    names = [name for name, value in now.items() if differences(before, {name: value}, "{}{}")]
+    changed = {name: differences(before, {name: now[name]}, "was {}, is {}") for name in names}
+    if refused := [name for name in names if name not in free]:
         raise CheckpointError(
-            f"{folder} is of a run with other settings or data: {'; '.join(changed)}. Set them back, or start a "
-            "new run (another train.run_dir)"
+            f"{folder} is of a run with other settings or data: {'; '.join(t for n in refused for t in changed[n])}. "
+            "Set them back; or start a new run (another train.run_dir); or, if the change is meant, write "
+            f"train.resume_changed=[{', '.join(sorted({*free, *refused} & set(names)))}]"
         )
     parameters, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-    return Checkpoint(state["step"], parameters, moments, state["progress"])
+    said = tuple(text for name in names for text in changed[name])
+    return Checkpoint(state["step"], parameters, moments, state["progress"], said)
 
 
 def differences(before: dict, now: dict, words: str) -> list[str]:
@@ -196,23 +212,31 @@ def _why_not_written(run: Path, final: Path, parameters: dict, moments: dict, er
     kept = _checkpoints(run)
     go_on = f"train.resume=true goes on from {kept[0]}, which is whole" if kept else "there is no earlier checkpoint"
     return (
-        f"{final} could not be written: {error}. It takes {size:,.1f} MiB, {run} has "
-        f"{shutil.disk_usage(run).free / 2**20:,.1f} MiB free. Make room (or keep fewer: train.keep_checkpoints), then "
-        f"start again: {go_on}"
+        f"{final} could not be written: {error}. It takes {size:,.1f} MiB{free_space(run)}. Make room (or keep fewer: "
+        f"train.keep_checkpoints), then start again: {go_on}"
     )
 
 
 def _verified_state(folder: Path) -> dict:
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "state.json").read_bytes())
         if state["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: format {state['format']}, this program reads {FORMAT}")
+            raise CheckpointError(f"{folder}: format {state['format']!r}, this program reads {FORMAT}")
+        if state.pop("own checksum") != _checksum_of(state):
+            raise CheckpointError(f"{folder / 'state.json'}: damaged (its checksum differs)")
         for name, checksum in state["checksums"].items():
             if _checksum(folder / name) != checksum:
                 raise CheckpointError(f"{folder / name}: damaged (its checksum differs)")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
     return state
+
+
+def _checksum_of(state: dict) -> str:
+    """Of what state.json says, whatever its white space."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _checksum(path: Path) -> str:
@@ -221,11 +245,3 @@ def _checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             state.update(block)
     return state.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

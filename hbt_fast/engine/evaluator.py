@@ -8,7 +8,7 @@ from hbt_fast.base.files import write_whole
 from hbt_fast.encoder.model import EncoderError
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.encode import SharedEncoder
-from hbt_fast.engine.runlog import BEFORE, DURING
+from hbt_fast.engine.metrics import BEFORE, DURING
 from hbt_fast.engine.share import parameters_of_all
 from hbt_fast.evaluation.load import load_retrieval
 from hbt_fast.evaluation.metrics import Results

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from hbt_fast.base.errors import UserError
+from hbt_fast.base.files import writing
 from hbt_fast.engine.backends import SettingError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class SkippedSteps:
         path = self.log.run / "bad-batches.jsonl"
         if self.log.on:
             record = {"step": plan.step, "why": why, "kind": plan.kind, "source": source, "rows": plan.rows.tolist()}
-            with open(path, "a", encoding="utf-8") as file:
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.log.skipped(plan, why)
         if self.in_a_row >= self.most:

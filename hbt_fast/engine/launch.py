@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ class World:
         rank, size: this rank, and how many there are.
         device: of this rank.
         autocast: dtype of the encoder's matrix products, or None for float32.
-        group: the process group of all ranks, or None when there is only one.
         local: this rank's number on its machine.
     """
 
@@ -35,8 +35,12 @@ class World:
     size: int
     device: torch.device
     autocast: torch.dtype | None = None
-    group: dist.ProcessGroup | None = None
     local: int = 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of all ranks, or None when there is only one. It is not held here: see `leave`."""
+        return dist.group.WORLD if self.size > 1 else None
 
     @property
     def first(self) -> bool:
@@ -95,17 +99,19 @@ def start(settings: TrainConfig) -> World:
     if not dist.is_initialized():
         timeout = timedelta(minutes=settings.timeout_minutes)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    return World(rank, size, device, autocast, dist.group.WORLD if size > 1 else None, local)
+    return World(rank, size, device, autocast, local)
 
 
 def leave() -> None:
-    """End this rank's part in the process group, if it has one; call it on every way out.
+    """End this rank's part in the process group, if it has one; the last thing that a program does, on every way out.
 
-    The group's worker thread holds the tensor of the last collective. Were it freed only while the interpreter shuts
-    down, the process would abort.
+    A thread of gloo's holds the tensor of the last collective, and frees it when it pleases: if the interpreter is just
+    shutting down, the process aborts. The thread ends with the last reference to the group, so there must be none, not
+    in the frames of an exception either.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def computes_in_bf16(device: torch.device) -> bool:

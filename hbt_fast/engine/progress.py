@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,15 +54,30 @@ def phase_shares(records: Sequence[dict]) -> dict[str, float]:
     Args:
         records: of steps, as metrics.jsonl has them.
     """
-    total = sum(record["seconds"] for record in records) or 1.0
-    seconds = dict.fromkeys(PHASES, 0.0)
+    spent: dict[str, float] = {}
     for record in records:
-        seconds["data"] += record["waited"]
         for name, took in record["phases"].items():
-            seconds[name] = seconds.get(name, 0.0) + took
-    timed = sum(seconds.values())
-    total = max(total, timed)  # a GPU's clock may be ahead of the program's
-    return {name: took / total for name, took in {**seconds, OTHER: total - timed}.items()}
+            spent[name] = spent.get(name, 0.0) + took
+    totals = (sum(record[name] for record in records) for name in ("seconds", "waited"))
+    return {name: float(share) for name, share in shares(*totals, spent).items()}
+
+
+def shares(
+    seconds: float | np.ndarray, waited: float | np.ndarray, phases: Mapping[str, float | np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What `phase_shares` gives, of one step or of (n,) each on its own.
+
+    Args:
+        seconds: that steps took.
+        waited: for their batches.
+        phases: seconds by phase.
+    """
+    spent = {**dict.fromkeys(PHASES, 0.0), **phases}
+    spent["data"] = spent["data"] + waited
+    timed = sum(spent.values())
+    total = np.maximum(seconds, timed)  # a GPU's clock may be ahead of the program's
+    total = np.where(total > 0, total, 1.0)
+    return {name: took / total for name, took in {**spent, OTHER: total - timed}.items()}
 
 
 def log_line(records: Sequence[dict], *, pairs: int, done: int, total: int, left: float) -> str:

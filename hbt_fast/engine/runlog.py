@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
-from itertools import count
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
+from hbt_fast.base.files import replacing, write_whole, writing
 from hbt_fast.config import Config, dump
 from hbt_fast.data.counts import DrawCounts
 from hbt_fast.data.plan import BatchPlan, BatchPlanner
 from hbt_fast.engine.launch import World
 from hbt_fast.engine.machine import describe
 from hbt_fast.engine.memory import GIB, used_bytes
+from hbt_fast.engine.metrics import AFTER, DURING, read_metrics, read_records
 from hbt_fast.engine.progress import log_line, negatives_per_query, phase_shares, tokens_of_all
+from hbt_fast.engine.run_folder import RunFolder
 from hbt_fast.engine.track import EVALUATION, EXPORTED, TRAINING, Tracker, scalars
 
 if TYPE_CHECKING:
@@ -23,39 +28,60 @@ if TYPE_CHECKING:
     from hbt_fast.engine.step import StepResult
     from hbt_fast.evaluation.metrics import Results
 
-BEFORE, DURING, AFTER = "before training", "during training", "after training"  # when an evaluation was made
 METRICS = ("mo", "cr", "mul", "rank_distance", "ndcg@10", "recall@100", "mrr@10")
 
 
 class RunLog:
-    """The log of one run; only rank 0 prints and writes.
+    """The log of one run; only rank 0 prints and writes. Leaving it as a context lets go of the run folder.
 
     Args:
-        run: the run folder. An earlier run in it is moved aside unless this one resumes it.
+        run: the run folder. Until `open` nothing is written to it.
         config: the settings.
         world: whose rank decides who speaks.
 
     Raises:
-        SettingError: the tracker that train.track names is not there.
+        SettingError: another process trains in the folder, or it is no run's.
     """
 
     def __init__(self, run: Path, config: Config, world: World) -> None:
         self.run, self.config, self.world, self.on = run, config, world, world.first
         self.settings = config.train
         self.writer = self.tracker = None
-        if self.on:
-            if run.is_dir() and any(run.iterdir()) and not config.train.resume:
-                aside = next(p for n in count(1) if not (p := run.with_name(f"{run.name}-{n}")).exists())
-                run.rename(aside)
-                self.say(f"the earlier run in {run} is now {aside} (train.resume=true would have gone on with it)")
-            run.mkdir(parents=True, exist_ok=True)
-            if self.settings.track != "none":
-                self.tracker = Tracker(self.settings.track, run, config)
+        self.folder = RunFolder(run, config.train.resume) if self.on else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.folder is not None:
+            self.folder.release()
+
+    def open(self) -> None:
+        """Make the run folder, now that settings, data and model are known to be good. An earlier run in it is moved
+        aside unless this one resumes it.
+
+        Raises:
+            SettingError: the tracker that train.track names is not there.
+            FileError: the folder cannot be written to.
+        """
+        if not self.on:
+            return
+        if aside := self.folder.take():
+            self.say(f"the earlier run in {self.run} is now {aside} (train.resume=true would have gone on with it)")
+        if self.settings.track != "none":
+            self.tracker = Tracker(self.settings.track, self.run, self.config)
 
     def say(self, line: str) -> None:
         """Print a line at once."""
         if self.on:
             print(line, flush=True)
+
+    def write(self, name: str, content: object) -> None:
+        """Write a file of JSON in the run folder."""
+        if self.on:
+            write_whole(self.run / name, json.dumps(content, indent=1, ensure_ascii=False))
 
     def start(self, first: int, planner: BatchPlanner) -> None:
         """Training begins at step `first`: write the resolved settings, drop what a dead run logged from there on."""
@@ -63,23 +89,26 @@ class RunLog:
         self.first, self.done, self.began = first, first, time.perf_counter()
         self.recent: list[dict] = []
         if self.on:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=first)
-            (self.run / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-            machine = json.dumps(describe(self.world), indent=1)
-            (self.run / "environment.json").write_text(machine, encoding="utf-8")
-            path = self.run / "metrics.jsonl"
-            records = read_metrics(path)
+            self.writer = Scalars(self.run / "tensorboard", first)
+            write_whole(self.run / "config.yaml", dump(self.config))
+            self.write("environment.json", describe(self.world))
             if self.tracker:
-                self.tracker.resume(_last_steps(records))
-            kept = [record for record in records if _is_before(record, first)]
-            counted = next((r for r in reversed(kept) if "drawn_until" in r), None)
+                self.tracker.resume(_last_steps(read_records(self.run / "metrics.jsonl")))
+            counted = self._drop_records_from(first)
             if counted:
                 self.counts.restore(counted)
             for step in range(counted["drawn_until"] if counted else 0, first):
                 self.counts.add(planner.plan(step))
-            path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def _drop_records_from(self, first: int) -> dict | None:
+        """Leave in metrics.jsonl what was logged before step `first`; returns the last record of what was drawn."""
+        path, counted = self.run / "metrics.jsonl", None
+        with replacing(path) as begun, open(begun, "w", encoding="utf-8") as file:
+            for record in read_records(path):
+                if _is_before(record, first):
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    counted = record if "drawn_until" in record else counted
+        return counted
 
     def step(self, batch: RankBatch, result: StepResult, *, rate: float, seconds: float, waited: float) -> None:
         """One step is done: a line in metrics.jsonl, every `log_every` steps a line for people."""
@@ -176,7 +205,8 @@ class RunLog:
             self._append({"ended_early": why, "after": done})
 
     def _append(self, record: dict) -> None:
-        with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.run / "metrics.jsonl"
+        with writing(path, "make room, and go on with train.resume=true"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def finish(self, written: dict[str, Path]) -> None:
@@ -197,6 +227,35 @@ class RunLog:
         self.say("\n" + "\n".join(f"{name:<{width}}  {path}" for name, path in written.items()))
 
 
+class Scalars:
+    """TensorBoard's event files of a run.
+
+    Args:
+        folder: where they go.
+        first: the step that training begins with; what an earlier part of the run wrote from there on is hidden.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        with self._writing():
+            self.writer = SummaryWriter(str(folder), purge_step=first)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write a number; a thread of TensorBoard's does so, and its error comes with a later number."""
+        with self._writing():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        with self._writing():
+            self.writer.close()
+
+    def _writing(self) -> AbstractContextManager:
+        return writing(self.folder, "make room, and go on with train.resume=true")
+
+
 def _is_before(record: dict, first: int) -> bool:
     """Whether a record of metrics.jsonl stays when a run goes on from step `first`."""
     if "ended_early" in record or record.get("evaluation") == AFTER:
@@ -206,10 +265,10 @@ def _is_before(record: dict, first: int) -> bool:
     return record.get("step", -1) < first and record.get("drawn_until", 0) <= first
 
 
-def _last_steps(records: list[dict]) -> dict[str, int]:
+def _last_steps(written: Iterable[dict]) -> dict[str, int]:
     """The last step of every group of records, as the tracker numbers them."""
     last = {}
-    for record in records:
+    for record in written:
         if "evaluation" in record:
             after = record["evaluation"] == AFTER
             group, step = (EXPORTED, last.get(TRAINING, -1) + 1) if after else (EVALUATION, record.get("step", 0))
@@ -221,17 +280,6 @@ def _last_steps(records: list[dict]) -> dict[str, int]:
     return last
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a crash cut short, within a character too, is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 def draw_loss(run: Path) -> Path | None:
     """The loss of every step by kind of batch, and its running mean, as PNG."""
     import matplotlib
@@ -240,13 +288,13 @@ def draw_loss(run: Path) -> Path | None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    steps = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
-    if not steps:
+    steps = read_metrics(run / "metrics.jsonl").steps
+    if not len(steps):
         return None
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for kind in sorted({r["kind"] for r in steps}):
-        x = np.array([r["step"] for r in steps if r["kind"] == kind])
-        y = np.array([r["loss"] for r in steps if r["kind"] == kind])
+    for kind in sorted(steps.kinds):
+        of_kind = steps.of_kind(kind)
+        x, y = steps.step[of_kind], steps["loss"][of_kind]
         (line,) = axes.plot(x, y, ".", markersize=3, alpha=0.3)
         window = max(len(y) // 25, 1)
         if len(y) >= 2 * window:

@@ -6,6 +6,7 @@ Machines need not share a disk. Rank 0 reads and writes the run folder; what the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,9 +49,10 @@ def make_alike(world: World, config: Config, identity: dict, towers: Towers) -> 
     """
     if world.group is None:
         return
-    train = {name: value for name, value in asdict(config.train).items() if name not in PATHS}
-    evaluation = {name: value for name, value in asdict(config.eval).items() if name not in PATHS}
-    what = {**identity, "loss": asdict(config.loss), "train": train, "eval": evaluation}
+    what = dict(identity)
+    for group in ("loss", "train", "eval"):
+        settings = asdict(getattr(config, group))
+        what |= {f"{group}.{name}": value for name, value in settings.items() if name not in PATHS}
     if config.model.path:
         what["weights of model.path"] = weights_checksum(dict(towers.named_parameters()))
     changed = differences(sent(world, what), json.loads(json.dumps(what)), "is {} on rank 0, {} here")
@@ -67,13 +69,16 @@ def make_alike(world: World, config: Config, identity: dict, towers: Towers) -> 
         tensor.copy_(shared)
 
 
-def checkpoint_of_all(world: World, run: Path, identity: dict) -> tuple[Path | None, Checkpoint]:
+def checkpoint_of_all(
+    world: World, run: Path, identity: dict, may_change: Callable[[dict, int], Collection[str]]
+) -> tuple[Path | None, Checkpoint]:
     """The newest whole checkpoint in rank 0's run folder, on every rank.
 
     Args:
         world: the ranks; all call.
         run: the run folder.
         identity: see `load_checkpoint`.
+        may_change: see there.
 
     Returns:
         (its folder, the checkpoint); (None, one of step 0 without anything) if there is none.
@@ -94,7 +99,7 @@ def checkpoint_of_all(world: World, run: Path, identity: dict) -> tuple[Path | N
     if world.first:
         try:
             if folder := newest_checkpoint(run):
-                loaded = load_checkpoint(folder, identity)
+                loaded = load_checkpoint(folder, identity, may_change)
         except CheckpointError as error:
             failed = error
     if world.largest(failed is not None):
@@ -104,7 +109,7 @@ def checkpoint_of_all(world: World, run: Path, identity: dict) -> tuple[Path | N
         [folder and folder.name, loaded.step, loaded.progress, _shapes(loaded.parameters), _shapes(loaded.moments)],
     )
     tensors = [_tensors(world, *pair) for pair in zip((loaded.parameters, loaded.moments), shapes, strict=True)]
-    return name and run / name, Checkpoint(step, *tensors, progress)
+    return name and run / name, Checkpoint(step, *tensors, progress, loaded.changed)
 
 
 def parameters_of_all(world: World, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

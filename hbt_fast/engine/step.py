@@ -11,6 +11,7 @@ import torch
 from hbt_fast.data.pack import repack
 from hbt_fast.engine.backends import DeepSpeedEngine, SettingError, TorchEngine
 from hbt_fast.engine.cached_step import OutOfMemoryError, cached_backward
+from hbt_fast.engine.guard import DivergedError
 from hbt_fast.engine.memory import GIB, KeptGraphs, give_back, out_of_memory
 from hbt_fast.engine.objective import Objective
 from hbt_fast.engine.phases import Phases
@@ -152,9 +153,19 @@ class Stepper:
             return StepResult("memory ran out"), True
         phases.begin("optimizer")
         norm = self.engine.step()
+        finite = self.engine.finite()
         seconds = phases.end()
         if not math.isfinite(norm):
             return StepResult(f"the gradient's norm is {norm}", norm=norm), done.out_of_memory
+        # under ZeRO each rank has other weights, and all must come to the same end
+        if self.world.largest(not finite) if self.engine.zero_stage else not finite:
+            train = config.train
+            raise DivergedError(
+                f"step {batch.plan.step}: its update made weights that are NaN, infinite or beyond 1e18. No checkpoint "
+                f"has them: lower train.learning_rate ({train.learning_rate:g}) or train.weight_decay "
+                f"({train.weight_decay:g}) and begin anew, or go on from the last checkpoint with train.resume=true "
+                "and train.resume_changed"
+            )
         if searching:
             self._observe(seconds["embed"] / batch.tokens, len(packed) <= len(self.engine.module.encoders))
         return StepResult(

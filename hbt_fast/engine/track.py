@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hbt_fast.base.files import write_whole
 from hbt_fast.config import Config, dump
 from hbt_fast.engine.backends import SettingError
 
@@ -77,7 +78,7 @@ class Tracker:
         self.run.finish()
 
     def _keep(self) -> None:
-        self.path.write_text(json.dumps(self.kept), encoding="utf-8")
+        write_whole(self.path, json.dumps(self.kept))
 
 
 def scalars(record: dict) -> dict[str, float]:

@@ -210,6 +210,6 @@ def _is_language(code: str) -> bool:
 
 
 def _read(path: str) -> list[str]:
-    from hbt_fast.data.formats import lines
+    from hbt_fast.data.reading import lines
 
     return [text.strip() for _, text in lines(path)]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hbt_fast.base.files import write_whole, writing
+from hbt_fast.evaluation.fields import check_fields
 from hbt_fast.evaluation.maps import BITEXT, heat_maps, new_figure, save, title_of
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.tables import markdown_table, nanmean
@@ -101,8 +103,9 @@ class BitextResults:
                 for name, mean in values["means"].items()
             }
             results = cls(**values)
+            check_fields(cls, values)
             lists = [results.sources, results.targets, results.sentences, *results.measures.values()]
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, LookupError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a bitext result file of hbt_fast.evaluate: {error}") from error
         if len({len(values) for values in lists}) > 1:
             raise ValueError("not a bitext result file of hbt_fast.evaluate: its lists differ in length")
@@ -166,17 +169,21 @@ class BitextResults:
 
         Args:
             out: path whose suffix is replaced; its folder is made if need be.
+
+        Raises:
+            FileError: they cannot be written.
         """
         out = Path(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
         paths = [out.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
-        paths[0].write_text(self.to_json(), encoding="utf-8")
         picture = f"\n![accuracy by languages]({paths[2].name})\n"
-        paths[1].write_text(self.to_markdown() + picture, encoding="utf-8")
-        if self.queries is not None:
-            paths.append(self.queries.write(out.with_suffix(".queries.npz")))
-        with fonts_for([self.task, self.model]):
-            draw(self, paths[2])
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(paths[0], self.to_json())
+            write_whole(paths[1], self.to_markdown() + picture)
+            if self.queries is not None:
+                paths.append(self.queries.write(out.with_suffix(".queries.npz")))
+            with fonts_for([self.task, self.model]):
+                draw(self, paths[2])
         return paths
 
 

@@ -30,7 +30,8 @@ class CachedEncoder:
 
     Args:
         encoder: whose weights do not change meanwhile.
-        folder: of the vectors; it is made, and may be emptied at any time. None: nothing is kept.
+        folder: of the vectors; it is made, and may be emptied at any time. None: nothing is kept. One that cannot be
+            written or read is said once, and done without.
         dimensions: the first so many are given back, normalised again; None: all. Kept are whole vectors.
         log: told what was reused, and where vectors went.
 
@@ -66,15 +67,19 @@ class CachedEncoder:
             return self.encoder.encode(texts, prompt, dimensions=self.dimensions, progress=progress)
         path = self.folder / f"{self._key(texts, prompt)}.npy"
         shape = (len(texts), self.encoder.dimension)
-        vectors_nd = _vectors(path, shape)
-        if vectors_nd is not None:
-            self.log(f"{len(texts):,} vectors from {path}")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.encoder.encode(texts, prompt, out=path, progress=progress)
-            self.log(f"{len(texts):,} vectors kept in {path}")
+        try:
             vectors_nd = _vectors(path, shape)
-        return vectors_nd if self.dimensions == shape[1] else _shortened(vectors_nd, self.dimensions)
+            if vectors_nd is not None:
+                self.log(f"{len(texts):,} vectors from {path}")
+            else:
+                self.encoder.encode(texts, prompt, out=path, progress=progress)
+                self.log(f"{len(texts):,} vectors kept in {path}")
+                vectors_nd = _vectors(path, shape)
+            return vectors_nd if self.dimensions == shape[1] else _shortened(vectors_nd, self.dimensions)
+        except OSError as error:  # a FileError too
+            self.log(f"vectors are not kept: {error}")
+            self.folder = None
+            return self.encode(texts, prompt, progress)
 
     def _identity(self) -> dict[str, str | int]:
         """Without the prompt: a checksum of all weights takes a second or so, and a prompt changes none of them."""

@@ -220,13 +220,13 @@ def _read(path: Path, name: str) -> Run:
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CompareError(f"{file}: not a result file of hbt_fast.evaluate, not even JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("task"), str):
         raise CompareError(f'{file}: not a result file of hbt_fast.evaluate; those name a "task"')
     try:
         about = _of_bitext(text) if "sources" in content else _of_retrieval(text)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CompareError(f"{file}: not a whole result file of hbt_fast.evaluate ({error})") from error
     try:
         values = PerQuery.read(_values_of(file)) if _values_of(file).is_file() else None

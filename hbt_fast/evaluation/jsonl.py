@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hbt_fast.data.formats import read_jsonl, records
+from hbt_fast.data.formats import read_jsonl
+from hbt_fast.data.problems import Strict
+from hbt_fast.data.reading import described, records, refuse_half_pairs
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, expand
-from hbt_fast.evaluation.judged import Strict, is_gain
+from hbt_fast.evaluation.judged import is_gain
 from hbt_fast.evaluation.layouts import UNKNOWN, chosen
 from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members, refuse_empty, task_from_rows
 
@@ -54,6 +56,8 @@ def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | 
     first = next(records(files[0], Strict()), ("", {}))[1]
     if isinstance(first.get("query"), dict):
         rows = list(read_jsonl(Source(path=str(path), format="jsonl"), Strict()))
+        for row in rows:
+            refuse_half_pairs([row.queries, row.passages], row.where)
         _check_languages(path, languages, {code for row in rows for code in (*row.queries, *row.passages)})
         return task_from_rows(name, _in_languages(rows, languages))
     here = Path(path).expanduser()
@@ -84,6 +88,7 @@ def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[st
     """Passages: id -> text and language; and the queries. A query without an id is called by its file and line."""
     passages, queries, seen = {}, [], set()
     for where, record in (pair for file in files for pair in records(file, Strict())):
+        refuse_half_pairs(record, where)
         there = [kind for kind in ("query", "passage") if kind in record]
         codes = {kind: record.get(f"{kind}_language") or record.get("language") or UNKNOWN for kind in there}
         if not there or not all(isinstance(text, str) for kind in there for text in (record[kind], codes[kind])):
@@ -95,12 +100,14 @@ def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[st
             refuse_empty(record[kind], codes[kind], where)
         key, language = record.get("id"), codes.get("query")
         if there == ["passage"]:
-            if not isinstance(key, str | int) or str(key) in passages:
+            if not isinstance(key, str | int) or isinstance(key, bool) or str(key) in passages:
                 raise DataError(f'{where}: a passage needs an "id" of its own, not {key!r}')
             passages[str(key)] = record["passage"], codes["passage"]
             continue
         if key is None:  # equal wherever the data lie, and no other query's
             key = Path(where).name if folder is None else Path(where).relative_to(folder).as_posix()
+        if not isinstance(key, str | int | float):
+            raise DataError(f'{where}: "id" is {described(key)}; a text or a number is needed')
         key = str(key)
         if (key, language) in seen:
             raise DataError(f"{where}: another query before has the id {key!r}; only translations share one")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hbt_fast.data.formats import lines, records
+from hbt_fast.data.problems import Strict
+from hbt_fast.data.reading import lines, records, refuse_half_pairs
 from hbt_fast.data.rows import DataError
-from hbt_fast.data.sources import Problems
 from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members
 
 _IDS = ("_id", "docid", "id", "query_id", "qid", "pid", "corpus-id", "query-id")
@@ -76,11 +76,17 @@ def _jsonl(path: Path) -> Iterator[tuple[str, str, str]]:
         key = next((record[name] for name in _IDS if name in record), None)
         text = next((record[name] for name in _TEXTS if name in record), None)
         title = record.get("title") or ""
-        if not isinstance(key, str | int) or not isinstance(text, str) or not isinstance(title, str):
+        if (
+            not isinstance(key, str | int)
+            or isinstance(key, bool)
+            or not isinstance(text, str)
+            or not isinstance(title, str)
+        ):
             raise DataError(
                 f'{where}: an "_id" and a "text" are needed (and "title", if it is there, must be text); '
                 f"the fields are {', '.join(record) or 'none'}"
             )
+        refuse_half_pairs([key, title, text], where)
         yield where, str(key), f"{title} {text}".strip()
 
 
@@ -94,16 +100,6 @@ def _tsv(path: Path) -> Iterator[tuple[str, str, str]]:
                 continue
             raise DataError(f"{path}:{number}: an id, a tab and a text are needed, not {line[:60]!r}")
         yield f"{path}:{number}", key.strip(), text.strip()
-
-
-class Strict(Problems):
-    """Malformed lines end an evaluation: a score over half of the data would pass for a score."""
-
-    def __init__(self) -> None:
-        super().__init__(skip=False, skipped=[])
-
-    def report(self, where: str, reason: str) -> None:
-        raise DataError(f"{where}: {reason}")
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, float]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from hbt_fast.data.reading import described, document, refuse_half_pairs
 from hbt_fast.data.rows import DataError
 from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members
 
@@ -101,10 +101,7 @@ def _language_files(folder: Path, languages: Sequence[str] | None) -> dict[str, 
 
 def _paragraphs(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yields (where, paragraph) with what SQuAD and LAReQA have of a paragraph, but for its questions, checked."""
-    try:
-        top = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not valid JSON ({error})") from error
+    top = document(str(file))
     for a, article in enumerate(_field(f"{file}", top, "data", list, "a list")):
         for p, paragraph in enumerate(_field(f"{file}: article {a}", article, "paragraphs", list, "a list")):
             where = f"{file}: article {a}, paragraph {p}"
@@ -116,13 +113,14 @@ def _paragraphs(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
                 pair = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int) for end in ends)
                 if not isinstance(sentence, str) or not pair:
                     raise DataError(f"{where}, sentence {number}: a text and its [begin, end] are needed; {_FORMAT}")
+            refuse_half_pairs(paragraph, where)
             yield where, paragraph
 
 
 def _field(where: str, record: Any, name: str, kind: type | UnionType, what: str) -> Any:
     """What a record of a file has under a name, seen to be of the kind that it must be."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: an object is needed, this is a {type(record).__name__}; {_FORMAT}")
+        raise DataError(f"{where}: an object is needed, this is {described(record)}; {_FORMAT}")
     if not isinstance(record.get(name), kind):
         raise DataError(f'{where}: no "{name}" that is {what}; {_FORMAT}')
     return record[name]

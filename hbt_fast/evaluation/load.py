@@ -82,7 +82,7 @@ def parse_groups(text: str) -> dict[str, list[str]]:
             found = yaml.load(content, yaml.BaseLoader)
             node = yaml.compose(content, yaml.BaseLoader)  # still has names that are written twice
             names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise DataError(f"--groups {text}: {error}") from error
     else:
         pairs = [part.partition("=") for part in text.split(";") if part.strip()]

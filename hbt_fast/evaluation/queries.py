@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
+from typing import BinaryIO
 
 import numpy as np
 
+from hbt_fast.base.files import replacing
+from hbt_fast.data.reading import BROKEN
+from hbt_fast.data.rows import DataError
+
 LOWER_IS_BETTER = frozenset({"rank_distance"})
 _NAMES = ("task", "ids", "languages")
+# what its reader of .npy headers raises besides
+OF_NUMPY = (SyntaxError, TokenError, TypeError, AttributeError, ArithmeticError, MemoryError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +62,15 @@ class PerQuery:
 
         Raises:
             ValueError: it does not.
+            FileError: it cannot be written.
         """
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"{path}: the name must end in .npz")
         # dtype=str: without it an empty list would become floats, and anything else than text an object
         fixed = {"task": np.array(self.task, str), "ids": np.array(self.ids, str)}
-        np.savez_compressed(path, **fixed, languages=np.array(self.languages, str), **self.measures)
+        with replacing(path) as begun, open(begun, "wb") as file:
+            np.savez_compressed(file, **fixed, languages=np.array(self.languages, str), **self.measures)
         return path
 
     @classmethod
@@ -71,23 +81,39 @@ class PerQuery:
             path: of the file.
 
         Raises:
-            ValueError: it is something else; the message names it and says why.
+            DataError: it is something else; the message names it and says why.
             OSError: it is not there, or cannot be read.
         """
         no = f"{path}: not a .queries.npz file of hbt_fast.evaluate"
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
-                raise ValueError(f"{no} (it is no .npz file)")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{no} ({error})") from error
-        missing = [name for name in _NAMES if name not in arrays or arrays[name].dtype.kind != "U"]
-        if missing:
-            raise ValueError(f"{no} (it has no text array {missing[0]!r})")
+                raise DataError(f"{no} (it is no .npz file)")
+            file.seek(0)
+            try:
+                arrays = _arrays(file)
+            except (*BROKEN, *OF_NUMPY) as error:
+                raise DataError(f"{no} ({error})") from error
+        for name, dimensions in (("task", 0), ("ids", 1), ("languages", 1)):
+            found = arrays.get(name)
+            if found is None or found.dtype.kind != "U" or found.ndim != dimensions:
+                raise DataError(f"{no} (it has no text array {name!r})")
         task, ids, languages = (arrays.pop(name).tolist() for name in _NAMES)
         try:
             return cls(task, ids, languages, arrays)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise DataError(f"{path}: {error}") from error
+
+
+def _arrays(file: BinaryIO) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file; none may be larger than what the archive says that it holds."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as raw:
+                version = np.lib.format.read_magic(raw)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(raw)
+            if math.prod(shape) * dtype.itemsize > member.file_size:  # memory is taken before the file is read
+                raise ValueError(f"{member.filename} is cut short")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hbt_fast.base.files import write_whole, writing
 from hbt_fast.evaluation.maps import heat_maps, new_figure, save, short, title_of
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.results import NAMES, Results
@@ -30,22 +31,26 @@ def write_report(
 
     Returns:
         the paths.
+
+    Raises:
+        FileError: they cannot be written.
     """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
-    paths[0].write_text(results.to_json(), encoding="utf-8")
     page = results.to_markdown()
     if before is not None:
         page += "\n" + comparison(before, results)
     what = "mAP by query and passage language" if results.parallel else "results by language"
     page += f"\n![{what}]({paths[2].name})\n"
-    paths[1].write_text(page, encoding="utf-8")
-    if per_query is not None:
-        paths.append(per_query.write(out.with_suffix(".queries.npz")))
     draw = heat_map if results.parallel else language_bars
-    with fonts_for([results.task, results.model, before.model if before else ""]):
-        draw(results, paths[2], before)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(paths[0], results.to_json())
+        write_whole(paths[1], page)
+        if per_query is not None:
+            paths.append(per_query.write(out.with_suffix(".queries.npz")))
+        with fonts_for([results.task, results.model, before.model if before else ""]):
+            draw(results, paths[2], before)
     return paths
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hbt_fast.evaluation.fields import check_fields
 from hbt_fast.evaluation.tables import markdown_table, nanmean
 
 NAMES = {
@@ -113,10 +114,18 @@ class Results:
     @classmethod
     def from_json(cls, text: str) -> Results:
         """Reads what `to_json` wrote, now or in an earlier version; raises ValueError with the reason on all else."""
+        no = "not a result file of hbt_fast.evaluate"
         try:
-            return cls(**_map_nulls(json.loads(text)))
-        except TypeError as error:
-            raise ValueError(f"not a result file of hbt_fast.evaluate: {error}") from error
+            values = _map_nulls(json.loads(text))
+            results = cls(**values)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"{no}: {error}") from error
+        check_fields(cls, values)
+        count = len(results.languages)
+        lists = [results.matrix, *results.matrix, results.mul_by_language, results.rank_distance_by_language]
+        if any(len(values) not in (0, count) for values in (*lists, *results.by_language.values())):
+            raise ValueError(f"{no}: its lists differ in length")
+        return results
 
     def to_markdown(self) -> str:
         """The tables of what there is: headline, groups, query languages, mAP by query and passage language."""

@@ -1,0 +1,148 @@
+"""A run that goes on is the run that stopped: a change is refused by name, or taken where it is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from programs import status
+from safetensors.torch import load_file
+
+from hbt_fast.engine.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
+from hbt_fast.engine.metrics import read_records
+from hbt_fast.train import main
+
+SMALL = [
+    "data.sources=[{format: cldr, name: cldr, limit: 200}]", "data.languages=[en, de]", "data.store_dir=stores",
+    "batch.size=16", "model.scratch={vocabulary: 400, hidden: 32, layers: 1, heads: 2}", "model.dropout=0.1",
+    "train.learning_rate=0.001", "train.steps=4", "train.checkpoint_every=2", "train.log_every=1",
+    "train.engine=torch", "train.micro_batch_tokens=256", "train.run_dir=run",
+]  # fmt: skip
+CONSTANT = [*SMALL, "train.schedule=constant_with_warmup", "train.run_dir=constant"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of two runs of four steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(SMALL)
+        main(CONSTANT)
+    return folder
+
+
+@pytest.fixture
+def here(whole, tmp_path, monkeypatch):
+    """A copy of it, which the test is in."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("train.learning_rate=0.002", "train.learning_rate was 0.001, is 0.002"),
+        ("train.weight_decay=0.1", "train.weight_decay was 0.01, is 0.1"),
+        ("train.warmup=0.5", "train.warmup was 0.1, is 0.5"),
+        ("train.schedule=cosine", "train.schedule was 'linear', is 'cosine'"),
+        ("train.clip=0", "train.clip was 1.0, is 0.0"),
+        ("train.seed=1", "train.seed was 0, is 1"),
+        ("train.steps=6", "train.steps was 4, is 6"),
+        ("loss.temperature=0.1", "loss.temperature was 0.05, is 0.1"),
+        ("loss.symmetric=true", "loss.symmetric was False, is True"),
+        ("model.pooling=cls", "model.pooling was None, is 'cls'"),
+        ("model.dropout=0.2", "model.dropout was 0.1, is 0.2"),
+        ("model.query_prompt=Q", "model.query_prompt was 'Query: ', is 'Q'"),
+        ("model.scratch.heads=4", "architecture: num_attention_heads was 2, is 4"),
+        ("batch.size=8", "batch.size was 16, is 8"),
+    ],
+)
+def test_a_changed_run_is_refused_by_name(here, capsys, changed, named):
+    before = sorted(str(path) for path in (here / "run").rglob("*"))
+    assert status(main, [*SMALL, "train.resume=true", changed]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert "train.resume_changed=[" in said
+    assert sorted(str(path) for path in (here / "run").rglob("*")) == before
+
+
+def test_a_change_that_is_named_is_taken_and_said(here, capsys):
+    changed = ["train.steps=6", "train.learning_rate=0.002", "train.resume=true"]
+    assert status(main, [*SMALL, *changed, "train.resume_changed=[train.steps]"]) == 2
+    assert "write train.resume_changed=[train.learning_rate, train.steps]" in capsys.readouterr().err
+    main([*SMALL, *changed, "train.resume_changed=[train.learning_rate, train.steps]"])
+    said = capsys.readouterr().out
+    assert "from here on another run than before: train.steps was 4, is 6" in said
+    assert "from here on another run than before: train.learning_rate was 0.001, is 0.002" in said
+    assert [r["step"] for r in read_records(here / "run" / "metrics.jsonl") if "loss" in r] == list(range(6))
+    main([*SMALL, *changed])  # it is what the run is now
+
+
+def test_more_steps_need_no_word_where_the_schedule_has_no_end(here, capsys):
+    longer = [*CONSTANT, "train.steps=6", "train.resume=true"]
+    main(longer)
+    assert "4 of 6 steps are done" in capsys.readouterr().out
+    main([*CONSTANT, "train.steps=6", "train.run_dir=at-once"])
+    one, other = (load_file(here / run / "model" / "model.safetensors") for run in ("constant", "at-once"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert status(main, [*longer, "train.steps=3"]) == 2
+    assert "is of step 6, and train.steps is 3; write as many or more" in capsys.readouterr().err
+    assert status(main, [*longer, "train.steps=8", "train.warmup=0.9", "train.resume_changed=[train.warmup]"]) == 2
+    assert "train.steps was 6, is 8" in capsys.readouterr().err  # some of its steps would still be a warm-up
+
+
+def test_what_is_not_the_run_may_change(here):
+    others = ["train.log_every=2", "train.keep_gib=0", "loss.backend=torch", "train.keep_checkpoints=1"]
+    main([*SMALL, "train.resume=true", *others])
+
+
+def test_no_flipped_bit_of_the_state_is_taken(tmp_path):
+    tensors = {"weight": torch.arange(4.0)}
+    identity = {"train.learning_rate": 0.001, "sources": ["a"], "batch.code_switch": {"lexicons": ["x.tsv"]}}
+    progress = {"skipped": 0, "validation": {"best": 0.25, "best_step": 3}}
+    folder = save_checkpoint(tmp_path, 3, tensors, {}, identity, 1, progress=progress)
+    path = folder / "state.json"
+    whole = path.read_bytes()
+    checkpoint = load_checkpoint(folder, identity)
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            loaded = load_checkpoint(folder, identity)
+        except CheckpointError:
+            continue
+        assert json.loads(flipped) == json.loads(whole)
+        assert loaded[0] == checkpoint[0]
+        assert loaded[3:] == checkpoint[3:]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"[" * 100_000, b"\xff\xfe", b'{"format": 3}', b'{"format": [3]}']
+)
+def test_a_state_that_is_something_else_is_passed_over(tmp_path, content, capsys):
+    for step in (3, 4):
+        save_checkpoint(tmp_path, step, {"weight": torch.ones(2)}, {}, {}, 2)
+    (tmp_path / "checkpoint-000004" / "state.json").write_bytes(content)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-000003"
+    assert "checkpoint-000004" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("engine", [["train.engine=torch"], ["train.engine=deepspeed", "train.zero_stage=1"]])
+def test_an_update_that_breaks_a_weight_ends_the_run_and_is_kept_nowhere(whole, tmp_path, monkeypatch, capsys, engine):
+    if engine[0].endswith("deepspeed") and shutil.which("c++") is None:
+        pytest.skip("DeepSpeed compiles its CPU communication at first use")
+    monkeypatch.chdir(tmp_path)
+    climb = [
+        "train.learning_rate=1e20",
+        "train.schedule=constant_with_warmup",
+        "train.warmup=0",
+        "train.run_dir=broken",
+    ]
+    options = [*SMALL, *climb, *engine, f"data.store_dir={whole / 'stores'}", "train.checkpoint_every=1"]
+    assert status(main, options) == 2
+    assert "step 0: its update made weights that are NaN, infinite or beyond 1e18" in capsys.readouterr().err
+    assert not list((tmp_path / "broken").glob("checkpoint-*"))
+    assert not (tmp_path / "broken" / "model").exists()

@@ -1,0 +1,73 @@
+"""Before its first step a run says what it learns from: rows, languages, prompts, tokenizer, examples, pairs."""
+
+import json
+
+import pytest
+
+from hbt_fast import plan
+from hbt_fast.overview import in_words
+from hbt_fast.train import main
+
+SMALL = [
+    "data.store_dir=stores", "batch.size=8", "model.scratch={vocabulary: 300, hidden: 32, layers: 1, heads: 2}",
+    "train.steps=1", "train.engine=torch", "train.micro_batch_tokens=256", "train.run_dir=run", "batch.strategy=mono",
+    "data.languages=[en, de]", "data.on_error=skip",
+    "data.sources=[{path: pairs.jsonl, name: own}]",
+]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with 60 pairs, of which 40 are in the wanted languages, one is malformed and 10 have hard negatives."""
+    rows = [
+        {
+            "query": f"q{n} {code}",
+            "passage": f"p{n} {code}",
+            "language": code,
+            **({"negatives": ["x"]} if n < 5 else {}),
+        }
+        for n in range(20)
+        for code in ("en", "de", "fr")
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines, "{not json"]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+WORDS = (
+    "query prompt 'Query: ' (of an encoder from nothing)",
+    "passage prompt 'Passage: ' (of an encoder from nothing)",
+    "BPE, ",
+    "own: 40 of 61 rows; left out: 1 row malformed; 20 rows not in data.languages (fr 20); 0.2 hard negatives a row",
+    "queries/passages: de 20/20, en 20/20",
+    "a query as the model sees it (en): <s> Query: q0 en</s>",
+    "a passage as the model sees it (en): <s> Passage: p0 en</s>",
+)
+
+
+def test_the_log_the_plan_the_page_and_a_file_say_it_before_training(here, capsys):
+    plan.main(SMALL)
+    planned = capsys.readouterr().out
+    main(SMALL)
+    logged = capsys.readouterr().out
+    page = (here / "run" / "report.html").read_text(encoding="utf-8")
+    for words in WORDS:
+        assert words in planned
+        assert logged.index(words) < logged.index("step 1/1")
+        assert words.replace("'", "&#x27;").replace("<s>", "&lt;s&gt;").replace("</s>", "&lt;/s&gt;") in page
+    written = json.loads((here / "run" / "overview.json").read_text(encoding="utf-8"))
+    assert written == json.loads((here / "run-plan.json").read_text(encoding="utf-8"))
+    (source,) = written["sources"]
+    assert (source["read"], source["kept"], source["hard negatives"]) == (61, 40, 10)
+    assert sum(written["language pairs"]["share"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_many_languages_stay_a_few_lines(here):
+    main(SMALL)
+    found = json.loads((here / "run" / "overview.json").read_text(encoding="utf-8"))
+    found["sources"][0]["languages"] = {f"x{n}": {"queries": 1, "passages": 1} for n in range(100)}
+    found["examples"]["query"]["text"] = "word " * 1000
+    words = in_words(found)
+    assert "and 88 more (overview.json)" in words
+    assert len(words) < 2000
