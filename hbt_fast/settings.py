@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hbt_fast.base.errors import UserError
@@ -50,7 +50,7 @@ def check_config(config: Config) -> None:
         _check_shape(config.model)
         check_loss(config.loss, config.model.scratch.hidden)
     uses_deepspeed(config.train)
-    if (file := config.train.deepspeed) is not None and not Path(file).is_file():
+    if (file := config.train.deepspeed) is not None and not os.path.isfile(file):
         raise UserError(f"train.deepspeed is {file!r}, and there is no such file; name a DeepSpeed JSON file")
     check_evaluation(config.eval)
 
