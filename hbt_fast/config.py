@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hbt_fast.base.errors import UserError
+from hbt_fast.base.command_line import new_parser, parse_with
+from hbt_fast.base.ranges import NAME, PATH, TEXT, one_of, ranges, real, whole
+from hbt_fast.data.languages import LANGUAGE
 from hbt_fast.data.problems import LONGEST_LINE, LONGEST_TEXT
 from hbt_fast.data.shares import BatchConfig
 from hbt_fast.data.sources import Source
 from hbt_fast.encoder.scratch import ScratchConfig
 from hbt_fast.encoder.towers import LoraConfig
+from hbt_fast.settings import check_config
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+YEAR = 60 * 24 * 365  # minutes
 
+
+@ranges(
+    path=PATH,
+    query_prompt=TEXT,
+    passage_prompt=TEXT,
+    query_max_length=whole(1, 2**20),
+    passage_max_length=whole(1, 2**20),
+    max_length=whole(1, 2**20),
+    dropout=real(0, 1, below=True),
+)
 @dataclass(frozen=True)
 class ModelConfig:
     """The encoder.
@@ -57,6 +71,7 @@ class ModelConfig:
     compile: bool = False
 
 
+@ranges(languages=LANGUAGE, store_dir=PATH, longest_line=whole(1, 2**40), longest_text=whole(1))
 @dataclass(frozen=True)
 class DataConfig:
     """Training data.
@@ -78,6 +93,14 @@ class DataConfig:
     longest_text: int = LONGEST_TEXT
 
 
+@ranges(
+    temperature=real(1e-4, 1e4),
+    max_scale=real(1e-4, 1e4),
+    false_negative_margin=real(-2, 2),
+    matryoshka_dimensions=whole(1),
+    variance_weight=real(0, 1e6),
+    backend=one_of("auto", "triton", "cpu", "torch", "torch-chunked"),
+)
 @dataclass(frozen=True)
 class LossConfig:
     """InfoNCE; see hbt_fast.info_nce.
@@ -106,6 +129,25 @@ class LossConfig:
     backend: str = "auto"
 
 
+@ranges(
+    run_dir=PATH,
+    resume_changed=NAME,
+    steps=whole(1),
+    learning_rate=real(0, 100),
+    weight_decay=real(0, 100),
+    warmup=real(0, 1),
+    clip=real(0, 1e9),
+    seed=whole(0, 2**63 - 1),
+    micro_batch_tokens=whole(1),
+    keep_gib=real(0, 1e6),
+    deepspeed=PATH,
+    log_every=whole(1),
+    checkpoint_every=whole(0),
+    keep_checkpoints=whole(1),
+    max_skipped_steps=whole(1),
+    timeout_minutes=whole(1, YEAR),
+    hang_minutes=real(0, YEAR),
+)
 @dataclass(frozen=True)
 class TrainConfig:
     """The training run.
@@ -164,9 +206,18 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_skipped_steps: int = 3
     timeout_minutes: int = 120
-    hang_minutes: float = 30
+    hang_minutes: float = 30.0
 
 
+@ranges(
+    data=PATH,
+    split=NAME,
+    languages=LANGUAGE,
+    every=whole(0),
+    queries=whole(1),
+    candidates=whole(1),
+    patience=whole(1),
+)
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation before, during and after training, by all ranks.
@@ -217,35 +268,34 @@ class Config:
 
 def parser(program: str, description: str) -> ArgumentParser:
     """The command line of a program that takes a `Config`: --config FILE.yaml and --group.key VALUE."""
-    from jsonargparse import ArgumentParser
-
-    made = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
+    made = new_parser(program, description)
     made.add_argument("--config", action="config", help="a YAML file of settings; later ones and the command line win")
     for group in fields(Config):
         made.add_class_arguments(group.default_factory, group.name)
     return made
 
 
+_parser = cache(parser)  # it takes a while to make, and has no state
+
+
 def parse(program: str, description: str, arguments: Sequence[str] | None = None) -> Config:
-    """The settings from a command line; errors end the program with a message that names the setting.
+    """The settings from a command line, checked.
 
     `group.key=value` is taken for `--group.key=value`; the launcher's --local_rank is accepted and ignored.
-    """
-    from jsonargparse import ArgumentError
 
+    Raises:
+        UserError: a setting that is not there, of another type or out of range (names it, and what to write), or a file
+            that is no YAML of settings.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [a for a in arguments if not re.match(r"--local[_-]rank(=|$)", a)]
     arguments = [f"--{a}" if re.match(r"(model|data|batch|loss|train|eval)\.[\w.]+\+?=", a) else a for a in arguments]
     # a list given again replaces the file's; jsonargparse would merge the two, entry by entry
     fresh = [("--data.sources=[]", a) if re.match(r"--data\.sources(=|$)", a) else (a,) for a in arguments]
-    arguments = [a for group in fresh for a in group]
-    made = parser(program, description)
-    try:
-        parsed = made.instantiate(made.parse_args(arguments))
-    except ArgumentError as error:
-        message = str(error).strip()
-        raise UserError(f"{message}{_hint(message)}\n(--help lists the settings)") from None
-    return Config(**{group.name: parsed[group.name] for group in fields(Config)})
+    parsed = parse_with(_parser(program, description), [a for group in fresh for a in group], Config)
+    config = Config(**{group.name: parsed[group.name] for group in fields(Config)})
+    check_config(config)
+    return config
 
 
 def dump(config: Config) -> str:
@@ -263,32 +313,3 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return str(value) if isinstance(value, Path) else value
-
-
-def setting_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """All settings by dotted name."""
-    names = []
-    for f in fields(cls):
-        default = f.default_factory() if callable(f.default_factory) else None
-        names += setting_names(type(default), f"{prefix}{f.name}.") if is_dataclass(default) else [prefix + f.name]
-    return names
-
-
-def _hint(message: str) -> str:
-    """The nearest right setting for every unknown one that an error message names, or the nearest right value."""
-    if "does not exist" in message or "parsing config" in message:
-        return ""
-    if given := re.search(r"Literal\[(.*?)\]. Got value: (\S+)", message):
-        near = difflib.get_close_matches(given[2], re.findall(r"'([^']+)'", given[1]), 1, 0.6)
-        return f"\ndid you mean {near[0]}?" if near else ""
-    known = setting_names()
-    leaves = [f.name for f in fields(Source)] + [name.rpartition(".")[2] for name in known]
-    for word in re.findall(r"[\w.]+", message):
-        word = word.strip(".")
-        if word and word not in known and word not in leaves:
-            near = difflib.get_close_matches(word, known, 1, 0.75) or (
-                difflib.get_close_matches(word, leaves, 1, 0.75) if "." not in word else []
-            )
-            if near and near[0] != word:
-                return f"\ndid you mean {near[0]}?"
-    return ""

@@ -9,6 +9,7 @@ forward and backward on this machine. Everything else is arithmetic: who holds w
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 from hbt_fast.base.programs import program
 from hbt_fast.config import Config, parse
 from hbt_fast.data.feed import RankBatch, rank_batch, rows_of
+from hbt_fast.encode import at_least_one
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.engine.launch import World, leave, start, uses_deepspeed
 from hbt_fast.engine.memory import GIB, KeptGraphs, fitted, resident_bytes
@@ -83,14 +85,13 @@ class Estimate:
 def main(arguments: list[str] | None = None) -> None:
     """Estimate from the command line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    world = 1
-    if "--world" in arguments:
-        at = arguments.index("--world")
-        try:
-            world = int(arguments[at + 1])
-        except (IndexError, ValueError):
-            raise SettingError("--world wants the number of ranks, such as --world 8") from None
-        del arguments[at : at + 2]
+    own = argparse.ArgumentParser("hbt_fast.estimate", add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--world", type=at_least_one, default=1)
+    try:
+        options, arguments = own.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise SettingError(f"{error}; write the number of ranks, such as --world 8") from None
+    world = options.world
     config, prompts = resolve(parse("hbt_fast.estimate", __doc__.splitlines()[0], arguments))
     print("\n".join(prompts.lines), flush=True)
     print(estimate(config, world))

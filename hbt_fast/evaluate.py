@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from hbt_fast.base.programs import program
 from hbt_fast.data.rows import DataError
-from hbt_fast.encode import add_encoder_arguments, at_least_one, load_encoder
+from hbt_fast.encode import PRECISIONS, add_encoder_arguments, at_least_one, load_encoder, native_dtype
 
 if TYPE_CHECKING:
     from hbt_fast.encoder.prompts import Prompts
     from hbt_fast.evaluation.bitext_data import BitextTask
+    from hbt_fast.evaluation.made import Made
     from hbt_fast.evaluation.results import Results
     from hbt_fast.evaluation.tasks import RetrievalTask
 
@@ -134,12 +135,12 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace, 
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     encoder = load(args, device)
-    settings = _settings(encoder, args)
+    made = _made(encoder, args, device)
     prompts = prompts_of(args)
     print("\n".join(prompts.lines))
     encoder = _cached(encoder, args)
     run = _bitext if args.task == "bitext" else _retrieval
-    run(args, encoder, task, prompts.texts, settings, before)
+    run(args, encoder, task, prompts.texts, made, before)
 
 
 def _described(task: RetrievalTask | BitextTask) -> str:
@@ -162,26 +163,26 @@ def _cached(encoder: Any, args: argparse.Namespace) -> Any:
     return CachedEncoder(encoder, folder, args.dimensions)
 
 
-def _settings(encoder: Any, args: argparse.Namespace) -> dict[str, str | int]:
-    """What figures depend on besides model, task and prompts."""
-    known = {name: getattr(encoder, name) for name in ("pooling", "max_length") if hasattr(encoder, name)}
-    dimensions = args.dimensions or getattr(encoder, "dimension", None)
-    found = {"precision": args.precision, **known, "dimensions": dimensions, "index": args.index}
-    return {name: value for name, value in found.items() if value is not None}
+def _made(encoder: Any, args: argparse.Namespace, device: str) -> Made:
+    from hbt_fast.evaluation.made import made_with
+
+    precision = args.precision
+    if precision == "auto":
+        precision = next(name for name, of in PRECISIONS.items() if str(native_dtype(device)) == f"torch.{of}")
+    return made_with(encoder, precision, args.dimensions)
 
 
 def _retrieval(
     args: argparse.Namespace, encoder: Any, task: RetrievalTask, prompts: tuple[str, str],
-    settings: dict[str, str | int], before: Results | None,
+    made: Made, before: Results | None,
 ) -> None:  # fmt: skip
     from hbt_fast.evaluation.report import comparison, write_report
     from hbt_fast.evaluation.run import measure
 
     results, per_query = measure(
-        encoder, task, *prompts, model=str(args.model), device=args.device, index=args.index or "flat",
+        encoder, task, *prompts, model=str(args.model), made=made, device=args.device, index=args.index or "flat",
         progress=sys.stderr.isatty(),
     )  # fmt: skip
-    results = replace(results, settings=settings)
     print(f"\n{results.to_markdown()}")
     if before is not None:
         print(comparison(before, results))
@@ -192,15 +193,16 @@ def _retrieval(
 
 def _bitext(
     args: argparse.Namespace, encoder: Any, task: BitextTask, prompts: tuple[str, str],
-    settings: dict[str, str | int], _: None,
+    made: Made, _: None,
 ) -> None:  # fmt: skip
     from hbt_fast.evaluation.bitext import evaluate_bitext
+    from hbt_fast.evaluation.made import made_on
 
     results = evaluate_bitext(
         encoder, task, prompts[0], target_prompt=prompts[1], model=str(args.model), device=args.device,
         progress=sys.stderr.isatty(),
     )  # fmt: skip
-    results = replace(results, settings=settings)
+    results = replace(results, settings={**made, **made_on(task)})
     print(f"\n{results.to_markdown()}")
     print(results.headline())
     if args.out:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hbt_fast.base.command_line import UNREADABLE, new_parser
 from hbt_fast.base.programs import program
+from hbt_fast.base.ranges import check
 from hbt_fast.data.align import induce, write
 from hbt_fast.data.languages import normalise
 from hbt_fast.data.rows import DataError
@@ -32,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     made = parser()
     try:
         parsed = made.instantiate(made.parse_args(arguments))
+        check(parsed.source, "source.")
+        if not parsed.source.path and not parsed.source.files:
+            raise DataError("source names nothing; write --source FILE, or --source.files {de: FILE, en: FILE}")
         options = {name: parsed[name] for name in induce.__kwdefaults__}
         skipped: list[str] = []
         first, second = map(normalise, parsed.languages)
@@ -45,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{counter[0]:,} sentence pairs gave no entry; give more, or a smaller min_count or min_probability"
             )
         write(entries, path)
-    except ArgumentError as error:
+    except (ArgumentError, *UNREADABLE) as error:
         raise DataError(f"{str(error).strip()}\n(--help lists the settings)") from None
     sources = len({entry.source for entry in entries})
     print(f"{len(entries):,} entries for {sources:,} words from {counter[0]:,} sentence pairs: {path}")
@@ -58,9 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parser() -> ArgumentParser:
     """The command line; `--source PATH` is short for `--source.path PATH`."""
-    from jsonargparse import ArgumentParser
-
-    made = ArgumentParser(prog=PROGRAM, description=__doc__.splitlines()[0], exit_on_error=False, allow_abbrev=False)
+    made = new_parser(PROGRAM, __doc__.splitlines()[0])
     made.add_class_arguments(Source, "source")
     made.set_defaults({"source.bitext": True})
     made.add_argument("--languages", nargs=2, required=True, metavar=("FROM", "TO"), help="the two languages: en de")

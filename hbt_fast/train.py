@@ -40,10 +40,11 @@ from hbt_fast.engine.objective import check_loss
 from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.step import Stepper
-from hbt_fast.engine.validation import Validation, check_evaluation
+from hbt_fast.engine.validation import Validation
 from hbt_fast.overview import in_words, overview
 from hbt_fast.prepare import prepare, resolve, roles
 from hbt_fast.report import before_and_after, write_model_card
+from hbt_fast.settings import check_config
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(config: Config) -> Path:
     """A whole run: data, training, evaluation, export. Returns the run folder."""
-    check_evaluation(config.eval)
+    check_config(config)
     config, prompts = resolve(config)
     world = start(config.train)
     run = Path(config.train.run_dir)

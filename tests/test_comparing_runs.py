@@ -15,15 +15,18 @@ from programs import status
 from scipy import stats
 
 from hbt_fast import compare as program
+from hbt_fast.data.rows import Row
 from hbt_fast.evaluation.bitext import evaluate_bitext, n_way
 from hbt_fast.evaluation.compare import CompareError, compare_runs
 from hbt_fast.evaluation.compare_plots import draw_curves
 from hbt_fast.evaluation.compare_report import latex, to_json, to_latex, to_markdown
+from hbt_fast.evaluation.made import made_on
 from hbt_fast.evaluation.metrics import per_query, summarise
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks
 from hbt_fast.evaluation.report import write_report
 from hbt_fast.evaluation.resampling import Block, blocks_of, bootstrap, holm, randomisation, totals
+from hbt_fast.evaluation.tasks import task_from_rows
 from hbt_fast.fonts import choose, fonts_for
 
 LANGUAGES = ("ar", "de", "zh")
@@ -552,6 +555,45 @@ def test_settings_that_differ_are_remarked(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("Evaluated with another") == 1
     assert "Evaluated with another max_length: a 512, b 256." in printed
+    assert "a does not record its index (an earlier version): it may be another." in printed
+
+
+def test_prompts_and_data_that_differ_are_remarked_and_questions_refused(tmp_path, capsys):
+    def results(name, prompt, **settings):
+        measured, values = evaluated(0)
+        made = {"passages and judgements": "12", "questions": "34", **settings}
+        measured = replace(measured, prompts={"query": prompt, "passage": "p: "}, settings=made)
+        return write(tmp_path, name, measured, values)
+
+    first = results("a", "q: ")
+    run = [first, results("b", "", **{"passages and judgements": "13"}), "--resamples", "100"]
+    assert status(program.main, run) == 0
+    printed = capsys.readouterr().out
+    assert "Evaluated with another query prompt: a 'q: ', b ''." in printed
+    assert "Evaluated with another passages and judgements: a 12, b 13." in printed
+    assert "passage prompt" not in printed
+    assert status(program.main, [first, results("c", "q: ", questions="35"), "--resamples", "100"]) == 2
+    assert "different questions" in capsys.readouterr().err
+
+
+def test_a_checksum_of_a_task_changes_with_every_part_of_it():
+    task = task_from_rows("t", [Row({"en": "q one"}, {"en": "p one"}), Row({"en": "q two"}, {"en": "p two"})])
+    base = made_on(task)
+    assert made_on(replace(task)) == base
+    changed = [
+        replace(task, queries=["q one", "q 2"]),
+        replace(task, query_languages=["en", "de"]),
+        replace(task, candidates=["p one", "p 2"]),
+        replace(task, candidate_languages=["en", "de"]),
+        replace(task, relevant=task.relevant[::-1].copy()),
+        replace(task, gains=np.array([1, 2], np.float32)),
+        replace(task, ignored=np.array([-1, 0])),
+        replace(task, pools=(np.array([0, 2, 4]), np.array([0, 1, 0, 1]))),
+    ]
+    for number, other in enumerate(changed):
+        made = made_on(other)
+        assert (made["questions"] != base["questions"]) == (number < 2)
+        assert (made["passages and judgements"] != base["passages and judgements"]) == (number >= 2)
 
 
 def test_names_with_dollars_are_no_formulas(files, tmp_path):

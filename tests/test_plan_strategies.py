@@ -181,12 +181,12 @@ def test_code_switched_batches_are_monolingual_before_switching():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "batch.size must be at least 1, got 0"),
-        ({"alpha": 1.5}, "batch.alpha is a share between 0 and 1, got 1.5"),
-        ({"alpha_end": -0.1, "steps": 5}, "batch.alpha_end is a share"),
+        ({"size": 0}, "batch.size is 0; write a whole number from 1 on"),
+        ({"alpha": 1.5}, "batch.alpha is 1.5; write a number from 0 to 1"),
+        ({"alpha_end": -0.1, "steps": 5}, "batch.alpha_end is -0.1; write a number from 0 to 1 or null"),
         ({"alpha_end": 0.1}, "batch.alpha_end needs the number of steps"),
-        ({"hard_negatives": -1}, "batch.hard_negatives must be at least 0"),
-        ({"language_weights": {"en": -1}}, "a weight must be >= 0, got -1 for en"),
+        ({"hard_negatives": -1}, "batch.hard_negatives is -1; write a whole number from 0 to 65,536"),
+        ({"language_weights": {"en": -1}}, "batch.language_weights.en is -1; write a number from 0 to 1e.09"),
         ({"language_weights": {"dee": 1}}, r"batch.language_weights"),
         ({"language_weights": {"fr": 1}}, r"the data has no fr; did you mean \w+\? It has de, en, sw, th"),
         ({"language_weights": dict.fromkeys(("de", "en", "sw", "th"), 0)}, "every language has weight 0"),

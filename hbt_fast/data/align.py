@@ -76,9 +76,12 @@ def induce(
     Raises:
         DataError: no usable pair, or a language whose script puts no spaces between words.
     """
-    for name, value in (("iterations", iterations), ("max_pairs", max_pairs), ("max_vocabulary", max_vocabulary)):
+    counts = {"iterations": iterations, "min_count": min_count, "max_pairs": max_pairs}
+    for name, value in {**counts, "max_vocabulary": max_vocabulary, "max_words": max_words}.items():
         if value < 1:
             raise DataError(f"{name} is {value}; write a number above 0")
+    if not 0 <= min_probability <= 1:
+        raise DataError(f"min_probability is {min_probability}; write a number from 0 to 1")
     source, target = _read(iter(pairs), min_count, max_pairs, max_vocabulary, max_words)
     forward, backward = _best(source, target, iterations), _best(target, source, iterations)
     linked = _links(source.tokens, source.offsets, target.tokens, target.offsets, forward, backward, len(target.words))

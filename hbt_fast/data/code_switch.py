@@ -16,8 +16,9 @@ import numpy as np
 import regex
 from numba import njit
 
+from hbt_fast.base.ranges import PATH, check, ranges, real
 from hbt_fast.data.draws import draw, key_of
-from hbt_fast.data.languages import normalise
+from hbt_fast.data.languages import LANGUAGE, normalise
 from hbt_fast.data.lexicon import RUN, TSHEG, Lexicon, has_letter, split
 from hbt_fast.data.rows import DataError
 
@@ -42,6 +43,7 @@ Choices = dict[str, tuple[str, ...]]  # target language -> translations
 Found = tuple[int, int, Choices]  # first character, one past the last, what may stand there
 
 
+@ranges(lexicons=PATH, probability=real(0, 1), languages=LANGUAGE)
 @dataclass(frozen=True)
 class CodeSwitch:
     """Words of the training texts replaced by translations (arXiv 2305.05295).
@@ -61,6 +63,21 @@ class CodeSwitch:
     queries: bool = True
     passages: bool = True
     languages: list[str] | None = None
+
+
+def check_switching(config: CodeSwitch) -> None:
+    """See that there is something to switch, and a dictionary to do it by.
+
+    Raises:
+        DataError: there is not.
+    """
+    if not config.lexicons:
+        raise DataError(
+            "batch.code_switch.lexicons names no dictionary, which code-switched batches need; name files or "
+            "folders of them (en_de.tsv), or make one from bitext with python -m hbt_fast.lexicon"
+        )
+    if not (config.queries or config.passages):
+        raise DataError("batch.code_switch: queries and passages are both false; set one of them to true")
 
 
 class _Table:
@@ -118,10 +135,7 @@ class CodeSwitcher:
     """
 
     def __init__(self, config: CodeSwitch, lexicon: Lexicon, seed: int) -> None:
-        if not 0 <= config.probability <= 1:
-            raise DataError(f"batch.code_switch.probability is {config.probability}; write a number from 0 to 1")
-        if config.mode not in ("bilingual", "multilingual"):
-            raise DataError(f"batch.code_switch.mode is {config.mode!r}; write bilingual or multilingual")
+        check(config, "batch.code_switch.", DataError)
         self.config, self.lexicon = config, lexicon
         self.allowed = lexicon.languages if config.languages is None else tuple(map(normalise, config.languages))
         if unknown := [code for code in self.allowed if code not in lexicon.languages]:

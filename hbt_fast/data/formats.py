@@ -10,9 +10,7 @@ from typing import Any, BinaryIO
 from hbt_fast.data.problems import Problems
 from hbt_fast.data.reading import described, lines, opened, records
 from hbt_fast.data.rows import DataError, Row
-from hbt_fast.data.sources import Source, expand
-
-NAMES = ("query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id")
+from hbt_fast.data.sources import NAMES, Source, expand
 
 
 def read_jsonl(source: Source, problems: Problems) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from hbt_fast.base.ranges import Rule
 from hbt_fast.data.rows import DataError
 
 
@@ -24,3 +25,19 @@ def normalise(code: str) -> str:
         hint = f"; did you mean {near!r}?" if near in common else ""
         raise DataError(f"{code!r} is not a language code (write one of ISO 639 or BCP 47, as 'en' or 'zh-CN'){hint}")
     return language
+
+
+def is_language(code: str) -> bool:
+    """Whether `normalise` knows it."""
+    try:
+        return bool(normalise(code))
+    except DataError:
+        return False
+
+
+LANGUAGE = Rule(
+    "a language code of ISO 639 or BCP 47, as en or zh-CN",
+    is_language,
+    ("no", "zh-CN", "deu"),
+    ("", "null", "English", "und", "\udc80"),
+)

@@ -72,6 +72,8 @@ class MiningConfig:
         for name, least in (("num_negatives", 1), ("range_min", 0), ("absolute_margin", 0), ("relative_margin", 0)):
             if (value := getattr(self, name)) is not None and not least <= value < np.inf:
                 raise DataError(f"{name} is {value}; write a number of {least} or more")
+        if self.max_score is not None and not -np.inf < self.max_score < np.inf:
+            raise DataError(f"max_score is {self.max_score}; write a number, or null for no bound")
         room = self.range_max - self.range_min
         if room < self.num_negatives:
             raise DataError(

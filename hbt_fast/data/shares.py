@@ -8,9 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from hbt_fast.base.ranges import check, ranges, real, whole
 from hbt_fast.data.code_switch import CodeSwitch
 from hbt_fast.data.draws import KroneckerSchedule
-from hbt_fast.data.languages import normalise
+from hbt_fast.data.languages import LANGUAGE, normalise
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.store import Store
 from hbt_fast.data.strata import ANY, CROSS, KINDS, MIXED, MONO, Stratum
@@ -18,6 +19,15 @@ from hbt_fast.data.strata import ANY, CROSS, KINDS, MIXED, MONO, Stratum
 PLATEAUS = 100  # a changing alpha is constant over so many parts of the run
 
 
+@ranges(
+    size=whole(1),
+    alpha=real(0, 1),
+    alpha_end=real(0, 1),
+    language_gamma=real(-10, 10),
+    language_weights=(LANGUAGE, real(0, 1e9)),
+    source_gamma=real(-10, 10),
+    hard_negatives=whole(0, 2**16),
+)
 @dataclass(frozen=True)
 class BatchConfig:
     """How global batches are made.
@@ -55,18 +65,15 @@ class BatchConfig:
 
 def check_settings(batch: BatchConfig, steps: int | None) -> None:
     """Raise DataError for a setting that is out of range."""
-    if batch.size < 1:
-        raise DataError(f"batch.size must be at least 1, got {batch.size}")
-    if batch.hard_negatives < 0:
-        raise DataError(f"batch.hard_negatives must be at least 0, got {batch.hard_negatives}")
-    for name, value in (("alpha", batch.alpha), ("alpha_end", batch.alpha_end)):
-        if value is not None and not 0 <= value <= 1:
-            raise DataError(f"batch.{name} is a share between 0 and 1, got {value}")
+    check(batch, "batch.", DataError)
+    named: dict[str, str] = {}
+    for code in batch.language_weights:
+        if (first := named.setdefault(normalise(code), code)) != code:
+            raise DataError(
+                f"batch.language_weights names {normalise(code)} twice, as {first} and as {code}; leave one out"
+            )
     if batch.alpha_end is not None and not steps:
         raise DataError("batch.alpha_end needs the number of steps of the run")
-    for code, weight in batch.language_weights.items():
-        if not 0 <= weight < float("inf"):
-            raise DataError(f"batch.language_weights: a weight must be >= 0, got {weight} for {code}")
 
 
 def language_weights(batch: BatchConfig, store: Store) -> np.ndarray:

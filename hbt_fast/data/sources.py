@@ -14,14 +14,30 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from hbt_fast.data.languages import normalise
+from hbt_fast.base.ranges import NAME, PATH, one_of, ranges, real, whole
+from hbt_fast.data.languages import LANGUAGE, normalise
 from hbt_fast.data.problems import ALONE, EMPTY, LONGEST_LINE, LONGEST_TEXT, MALFORMED, UNWANTED, Problems, Tally
 from hbt_fast.data.reading import half_pair
 from hbt_fast.data.rows import DataError, Row
 
+NAMES = ("query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id")
 Format = Literal["auto", "squad", "jsonl", "tsv", "tmx", "lines", "hf", "cldr"]
 
 
+@ranges(
+    path=PATH,
+    files=(LANGUAGE, PATH),
+    name=NAME,
+    language=LANGUAGE,
+    columns=NAME,
+    documents=PATH,
+    fields=(one_of(*NAMES), NAME),
+    exclude_paragraphs_of=PATH,
+    split=NAME,
+    config=NAME,
+    limit=whole(1),
+    weight=real(0, 1e9),
+)
 @dataclass(frozen=True)
 class Source:
     """One training source.

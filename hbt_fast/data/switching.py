@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from hbt_fast.data.build import tokenizer_options
-from hbt_fast.data.code_switch import CodeSwitch, CodeSwitcher
+from hbt_fast.data.code_switch import CodeSwitch, CodeSwitcher, check_switching
 from hbt_fast.data.draws import draw, key_of
 from hbt_fast.data.feed import QUERY
 from hbt_fast.data.lexicon import Lexicon
@@ -50,13 +50,7 @@ class Switching:
         *,
         seed: int,
     ) -> None:
-        if not config.lexicons:
-            raise DataError(
-                "batch.code_switch.lexicons names no dictionary, which code-switched batches need; name files or "
-                "folders of them (en_de.tsv), or make one from bitext with python -m hbt_fast.lexicon"
-            )
-        if not (config.queries or config.passages):
-            raise DataError("batch.code_switch: queries and passages are both false; set one of them to true")
+        check_switching(config)
         lexicon = Lexicon.read(config.lexicons)
         self.config, self.store = config, store
         self.identity = {"lexicons' entries": lexicon.fingerprint}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hbt_fast.base.ranges import ranges, whole
 from hbt_fast.encoder.model import Encoder
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # XLM-R's, in its order
 
 
+@ranges(vocabulary=whole(16, 2**24), hidden=whole(1, 2**16), layers=whole(1, 1000), heads=whole(1, 2**16))
 @dataclass(frozen=True)
 class ScratchConfig:
     """The shape of an encoder that is trained from nothing.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hbt_fast.base.files import whole_folder
+from hbt_fast.base.ranges import NAME, ranges, real, whole
 from hbt_fast.encoder.export import check_place, write
 from hbt_fast.encoder.model import Encoder, EncoderError, room
 from hbt_fast.encoder.prompts import KINDS, choose_prompts
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from hbt_fast.config import ModelConfig
 
 
+@ranges(rank=whole(0, 2**16), alpha=real(0, 1e6, above=True), dropout=real(0, 1, below=True), target_modules=NAME)
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685) by peft: only they are trained; the exported model has them merged in.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from hbt_fast.base.files import write_whole
 from hbt_fast.encoder.model import EncoderError
 from hbt_fast.engine.backends import SettingError
@@ -11,6 +13,7 @@ from hbt_fast.engine.encode import SharedEncoder
 from hbt_fast.engine.metrics import BEFORE, DURING
 from hbt_fast.engine.share import parameters_of_all
 from hbt_fast.evaluation.load import load_retrieval
+from hbt_fast.evaluation.made import made_with
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.run import EvaluationError, measure
 from hbt_fast.evaluation.tasks import RetrievalTask, task_from_rows
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from hbt_fast.engine.backends import DeepSpeedEngine, TorchEngine
     from hbt_fast.engine.launch import World
     from hbt_fast.engine.runlog import RunLog
+
+PRECISIONS = {None: "fp32", torch.bfloat16: "bf16 autocast", torch.float16: "fp16 autocast"}
 
 
 def load_task(config: Config) -> RetrievalTask | None:
@@ -108,6 +113,7 @@ class Evaluator:
                 model.passage_prompt,
                 passage_encoder=shared.passages,
                 model=when,
+                made=made_with(shared.module.encoders[0], PRECISIONS[self.world.autocast]),
                 progress=when != DURING,
                 log=None if when == DURING else self.log.say,
             )

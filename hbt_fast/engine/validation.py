@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hbt_fast.base.ranges import check
 from hbt_fast.engine.backends import SettingError
 from hbt_fast.evaluation.queries import LOWER_IS_BETTER
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from hbt_fast.engine.runlog import RunLog
     from hbt_fast.evaluation.metrics import Results
 
+ONLY = {"context": ("xquad-r", "mlqa-r"), "split": ("beir", "miracl", "mr-tydi", "rerank")}
+
 
 def check_evaluation(settings: EvalConfig) -> None:
     """See that the settings go together.
@@ -21,17 +24,19 @@ def check_evaluation(settings: EvalConfig) -> None:
     Raises:
         SettingError: they do not.
     """
-    if settings.every < 0:
-        raise SettingError(f"eval.every is {settings.every}; write a number of steps, or 0 for none during training")
+    check(settings, "eval.", SettingError)
+    if settings.data is None and settings.task not in ("none", "cldr"):
+        raise SettingError(f"eval.task is {settings.task}, but eval.data is not set; write the folder of its files")
+    for name, tasks in ONLY.items():
+        if getattr(settings, name) and settings.task not in tasks:
+            raise SettingError(
+                f"eval.{name} is set, which task {settings.task} has no use for; leave it out (it is for "
+                f"{', '.join(tasks)})"
+            )
     if settings.every and settings.task == "none":
         raise SettingError(f"eval.every is {settings.every}, but eval.task is none; write a task, or eval.every=0")
-    for name in ("queries", "candidates"):
-        if (number := getattr(settings, name)) is not None and number < 1:
-            raise SettingError(f"eval.{name} is {number}; write 1 or more, or null for all")
     if settings.candidates is not None and settings.queries is None:
         raise SettingError("eval.candidates is set, but eval.queries is not; write how many questions to draw")
-    if settings.patience is not None and settings.patience < 1:
-        raise SettingError(f"eval.patience is {settings.patience}; write 1 or more evaluations, or null to never stop")
     if settings.patience is not None and not settings.every:
         raise SettingError(f"eval.patience is {settings.patience}, but eval.every is 0; write the steps between two")
 

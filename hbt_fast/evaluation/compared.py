@@ -13,6 +13,7 @@ import numpy as np
 
 from hbt_fast.evaluation.bitext_report import BitextResults, averaged_directions
 from hbt_fast.evaluation.compare import CONSTANT, CompareError, Comparison, Measured
+from hbt_fast.evaluation.made import QUESTIONS
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.results import NAMES, Results
 from hbt_fast.evaluation.tables import nanmean
@@ -37,7 +38,7 @@ class Run:
         pairs: names of rows and columns and the values by language pair, rows by columns; None where there are none.
         values: of every query; None if they were not written.
         groups: languages by the name of their group, as the result file has them.
-        settings: of encoder and search, as the result file has them.
+        settings: how it was made: prompts, and what else the result file has of encoder, search and data.
     """
 
     name: str
@@ -122,17 +123,24 @@ def figures_only(runs: Sequence[Run], groups: Mapping[str, Sequence[str]] | None
 
 
 def other_settings(runs: Sequence[Run]) -> list[str]:
-    """A remark for every setting that runs do not share: a difference may be its doing.
+    """A remark for everything in which runs were evaluated differently: a difference may be its doing.
 
     Args:
         runs: R.
     """
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    return [
-        f"Evaluated with another {name}: " + ", ".join(f"{run.name} {run.settings[name]}" for run in runs) + "."
-        for name in names
-        if all(name in run.settings for run in runs) and len({run.settings[name] for run in runs}) > 1
-    ]
+    remarks = []
+    names = [name for name in dict.fromkeys(name for run in runs for name in run.settings) if name != QUESTIONS]
+    for name in names:
+        said = {run.name: run.settings[name] for run in runs if name in run.settings}
+        if len(set(said.values())) > 1:
+            shown = (f"{run} {value!r}" if name.endswith("prompt") else f"{run} {value}" for run, value in said.items())
+            remarks.append(f"Evaluated with another {name}: {', '.join(shown)}.")
+    for run in runs:
+        if lacking := [name for name in names or ("settings and data",) if name not in run.settings]:
+            remarks.append(
+                f"{run.name} does not record its {', '.join(lacking)} (an earlier version): it may be another."
+            )
+    return remarks
 
 
 def check_values(runs: Sequence[Run], comparison: Comparison) -> list[str]:
@@ -254,7 +262,7 @@ def _of_retrieval(text: str) -> dict[str, Any]:
         pairs = (results.languages, [*results.languages, "all"], whole)
     return {
         "languages": results.languages, "queries": results.queries, "candidates": results.candidates,
-        "figures": figures, "pairs": pairs, "groups": results.group_languages, "settings": results.settings,
+        "figures": figures, "pairs": pairs, "groups": results.group_languages, "settings": _made(results),
     }  # fmt: skip
 
 
@@ -267,8 +275,12 @@ def _of_bitext(text: str) -> dict[str, Any]:
         "languages": [directions[i] for i in order], "queries": sum(results.sentences), "candidates": 0,
         "figures": {name: np.array([overall[name], *np.array(of)[order]]) for name, of in results.measures.items()},
         "pairs": (results.languages, results.languages, results.matrix()), "groups": results.groups,
-        "settings": results.settings,
+        "settings": _made(results),
     }  # fmt: skip
+
+
+def _made(results: Results | BitextResults) -> dict[str, str | int]:
+    return {**{f"{kind} prompt": text for kind, text in results.prompts.items()}, **results.settings}
 
 
 def _values_of(file: Path) -> Path:
@@ -285,6 +297,12 @@ def _same_task(first: Run, run: Run) -> None:
     ):
         if a != b:
             raise CompareError(f"different {what}: {first.file} has {_said(a)}, {run.file} {_said(b)}")
+    asked = {run.settings[QUESTIONS] for run in (first, run) if QUESTIONS in run.settings}
+    if len(asked) > 1:
+        raise CompareError(
+            f"different questions: {first.file} and {run.file} are of one task, {first.task!r}, but its questions were "
+            "others; evaluate both anew on the same data"
+        )
 
 
 def _said(value: list[str] | int) -> str:

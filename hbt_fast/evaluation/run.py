@@ -16,6 +16,7 @@ import numpy as np
 
 from hbt_fast.base.errors import UserError
 from hbt_fast.evaluation.bias import language_bias
+from hbt_fast.evaluation.made import Made, made_on
 from hbt_fast.evaluation.metrics import found_metrics, in_pools, per_query, summarise, summarise_pools
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks
@@ -53,6 +54,7 @@ def measure(
     *,
     passage_encoder: TextEncoder | None = None,
     model: str = "",
+    made: Made | None = None,
     device: str = "auto",
     top_k: int = 10,
     index: str = "flat",
@@ -68,6 +70,7 @@ def measure(
         passage_prompt: put before every candidate.
         passage_encoder: encodes the candidates; None: the same.
         model: name for reports.
+        made: of the encoder, see `made.made_with`; recorded with the results, beside index, data and version.
         device: where ranks and search run: "auto", "cpu" or "cuda".
         top_k: depth at which language bias is measured; cut to the number of candidates.
         index: "ivf" or "ivf-pq": search by it too (see `search.search`); the cut-offs of what it finds become a further
@@ -95,6 +98,7 @@ def measure(
         "left_out": task.left_out,
         "prompts": {"query": query_prompt, "passage": passage_prompt},
         "notes": _notes(task),
+        "settings": {**(made or {}), **({} if task.pools else {"index": index}), **made_on(task)},
         "seconds": clock.seconds,
     }
     if task.pools is not None:
