@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         parsed = made.instantiate(made.parse_args(arguments))
         check(parsed.source, "source.")
         if not parsed.source.path and not parsed.source.files:
-            raise DataError("source names nothing; write --source FILE, or --source.files {de: FILE, en: FILE}")
+            raise DataError("source: give either path or files: --source FILE or --source.files {de: FILE, en: FILE}")
         options = {name: parsed[name] for name in induce.__kwdefaults__}
         skipped: list[str] = []
         first, second = map(normalise, parsed.languages)

@@ -56,6 +56,8 @@ def test_a_run_leaves_everything_it_promises(finished):
         assert words in card
     before, after = (json.loads((run / name).read_text()) for name in ("evaluation-before.json", "evaluation.json"))
     assert before["queries"] == after["queries"] > 500
+    assert before["settings"] == after["settings"]
+    assert {"precision", "pooling", "max_length", "dimensions", "index", "questions"} <= set(after["settings"])
     assert after["mul"] != before["mul"]
     assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
     assert Encoder.from_pretrained(run / "model").encode(["x"], "Query: ").shape == (1, 32)

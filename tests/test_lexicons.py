@@ -344,9 +344,7 @@ def test_the_programs_errors_are_one_message_and_status_2(tmp_path, capsys, monk
 
 
 def test_the_program_says_what_it_takes(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        program.main(["--help"])
+    program.main(["--help"])
     shown = capsys.readouterr().out
-    assert stopped.value.code == 0
     for name in ("--source.path", "--languages FROM TO", "--out FOLDER", "--min_probability", "--max_vocabulary"):
         assert name in shown

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from hbt_fast.base.errors import UserError
-from hbt_fast.config import TrainConfig, dump, parse
+from hbt_fast.base.settings_files import load
+from hbt_fast.config import Config, TrainConfig, dump, parse
 from hbt_fast.engine.backends import SettingError, deepspeed_config
 from hbt_fast.engine.launch import start
+from hbt_fast.train import train
 
 
 def parsed(*arguments):
@@ -44,6 +46,14 @@ def test_what_is_written_reads_back_equal(tmp_path):
         ("batch.strategy=hybird", "did you mean hybrid?"),
         ("train.steps=many", "train.steps"),
         ("data.sources=[{pth: x}]", "did you mean path"),
+        ("--batch-size=3", "did you mean batch.size?"),
+        ("--train.learning-rate=3", "did you mean train.learning_rate?"),
+        ("--learning-rate=3", "did you mean train.learning_rate?"),
+        ("--lr=3", "did you mean train.learning_rate?"),
+        ("query_promt=x", "did you mean model.query_prompt?"),
+        ("languages=[de]", "did you mean data.languages or batch.code_switch.languages or eval.languages?"),
+        ("--train=nan", "train is a group of settings; write one of them, as train.run_dir=VALUE"),
+        ("train.steps", "train.steps has no value; write train.steps=VALUE"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_nearest_right_one(argument, hint):
@@ -66,6 +76,64 @@ def test_a_wrong_key_in_a_file_is_named(tmp_path):
         parsed("--config", str(tmp_path / "a.yaml"))
     assert "did you mean" in str(error.value)
     assert "size" in str(error.value)
+
+
+def test_yaml_is_read_as_people_mean_it(tmp_path):
+    assert load("[no, on, yes, y, off, 1e-5, 2:30, 2020-01-01, true, False, 010, =]") == [
+        "no", "on", "yes", "y", "off", 1e-5, "2:30", "2020-01-01", True, False, "010", "=",
+    ]  # fmt: skip
+    (tmp_path / "a.yaml").write_text(
+        "data: {languages: [no, de], sources: [{files: {no: a.txt, de: b.txt}}, {path: x.jsonl, language: no}]}\n"
+        "train: {learning_rate: 1e-5}\n"
+    )
+    config = parsed("--config", str(tmp_path / "a.yaml"))
+    assert config.data.languages == ["no", "de"]
+    assert config.data.sources[0].files == {"no": "a.txt", "de": "b.txt"}
+    assert config.data.sources[1].language == "no"
+    assert config.train.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  steps: 3\n  clip: 1\n  steps: 4\n", r"a.yaml:4: .*the key steps is there twice, first in line 2"),
+        ("train: {}\nloss: {}\ntrain: {}\n", r"a.yaml:3: .*the key train is there twice"),
+        ("train:\n\tsteps: 3\n", r"a.yaml:2: not YAML"),
+        ("[1, 2]", r"a.yaml: settings are groups"),
+        ("train", r"a.yaml: settings are groups"),
+        ("train: 3", r"a.yaml: train is 3, and a group of settings; write train: \{run_dir: \.\.\.\}"),
+        ("model: .nan", r"a.yaml: model is nan, and a group"),
+        ("a: &a [*a]", r"a.yaml: not YAML of settings: more than"),
+        ("a: " + "[" * 3000, r"a.yaml.*not YAML of settings"),
+        ("a: " + "9" * 5000, r"a.yaml: not YAML of settings"),
+        (b"\xff\xfe\x00a", r"a.yaml: not UTF-8"),
+        (b"a: 'b\n", r"a.yaml:2: not YAML"),
+        ("x" * (16 << 20) + "x", r"a.yaml: larger than 16 MiB"),
+        ("train: {steps: many}", r"a.yaml: train.steps is many; write a whole number from 1 on"),
+        ("data: {sources: [{path: x, fields: {question: q}}]}", r"a key of data.sources\[0\].fields is 'question'"),
+        (
+            "data: {sources: [{files: {english: q}}]}",
+            r"a key of data.sources\[0\].files is 'english'; write a language",
+        ),
+    ],
+)
+def test_a_file_that_is_no_settings_is_one_message(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        parsed("--config", str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("path", ["none.yaml", ".", "a\0b", "x" * 5000])
+def test_a_file_that_cannot_be_read_is_one_message(path):
+    with pytest.raises(UserError, match=r"name a YAML file of settings"):
+        parsed("--config", path)
+
+
+def test_settings_made_in_python_are_checked_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^train.clip is nan; write a number from 0 to 1e\+09$"):
+        train(Config(train=TrainConfig(clip=float("nan"))))
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_group(capsys):
