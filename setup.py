@@ -107,10 +107,10 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
-            "hbt-train = hbt_fast.train:main",
+            "hbt-train = hbt_fast.train:run",
             "hbt-prepare = hbt_fast.prepare:main",
             "hbt-plan = hbt_fast.plan:main",
-            "hbt-estimate = hbt_fast.estimate:main",
+            "hbt-estimate = hbt_fast.estimate:run",
             "hbt-mine = hbt_fast.mine:main",
             "hbt-lexicon = hbt_fast.lexicon:main",
             "hbt-encode = hbt_fast.encode:main",
