@@ -13,7 +13,10 @@ GPU    := $(shell command -v nvidia-smi 2>/dev/null)
 FAISS  := $(if $(GPU),"faiss-gpu>=1.15","faiss-cpu>=1.10")
 TORCH  := torch==2.13.0 triton==3.7.1
 LOCK   := requirements/chosen.txt requirements/lock.txt
-FAST   := tests/test_sources_cldr.py
+FAST   := $(patsubst %,tests/test_%.py, \
+            settings_are_checked store_contents store_is_what_was_read plan_strategies plan_has_no_false_negatives loss_contract \
+            loss_arguments loss_equals_cross_entropy kernels_interpreted packed_equals_padded \
+            checkpoints_that_are_loaded sources_cldr locked_versions)
 
 .PHONY: train test lint bench gpu lock test-oldest clean
 

@@ -22,7 +22,7 @@ TRAIN = [
     "defusedxml>=0.7",  # TMX without entity bombs
     "fsspec>=2024.6",  # .gz, .zip members, globs
     "langcodes>=3.5",  # one code per language, whatever the source calls it
-    "xxhash>=3.4",  # hashes of texts and files
+    "xxhash>=3.4.1",  # hashes of texts and files
     "regex>=2025.10.22",  # words of every script, for code-switching; as transformers 5.17 wants it
     "Babel>=2.18",  # CLDR: the embedded demo; 2.17 raises KeyError on compact numbers
     "matplotlib>=3.9",  # loss curves, heat maps
@@ -107,10 +107,10 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
-            "hbt-train = hbt_fast.train:main",
+            "hbt-train = hbt_fast.train:run",
             "hbt-prepare = hbt_fast.prepare:main",
             "hbt-plan = hbt_fast.plan:main",
-            "hbt-estimate = hbt_fast.estimate:main",
+            "hbt-estimate = hbt_fast.estimate:run",
             "hbt-mine = hbt_fast.mine:main",
             "hbt-lexicon = hbt_fast.lexicon:main",
             "hbt-encode = hbt_fast.encode:main",

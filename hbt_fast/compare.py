@@ -133,10 +133,9 @@ def learning_curve(folder: Path | None) -> Curve:
     from hbt_fast.engine.runlog import METRICS
 
     metrics = read_metrics(folder / "metrics.jsonl")
-    done = int(metrics.steps.step.max(initial=-1)) + 1
     found: dict[str, dict[int, dict[str, float]]] = {}
     for record in sorted(metrics.evaluations, key=lambda record: record["evaluation"] != DURING):
-        at = record.get("step", 0 if record["evaluation"] == BEFORE else done)
+        at = record.get("step", 0 if record["evaluation"] == BEFORE else metrics.done)
         values = {name: record[name] for name in METRICS if record.get(name) is not None}
         found.setdefault(record.get("task", ""), {}).setdefault(at, values)
     return {task: sorted(points.items()) for task, points in found.items()}

@@ -46,16 +46,13 @@ def load_encoder(args: argparse.Namespace, device: str) -> Encoder:
     """The encoder that the command line names, on the device, in evaluation mode.
 
     Raises:
-        DataError: it cannot be loaded.
+        EncoderError: it cannot be loaded.
     """
     import torch
 
     from hbt_fast.encoder import Encoder
 
-    try:
-        encoder = Encoder.from_pretrained(args.model, pooling=args.pooling, max_length=args.max_length)
-    except ValueError as error:  # a broken config, an unknown architecture: the user's to mend, no traceback needed
-        raise DataError(f"cannot load model {args.model}: {error}") from error
+    encoder = Encoder.from_pretrained(args.model, pooling=args.pooling, max_length=args.max_length)
     if args.precision == "int8":
         from hbt_fast.encoder.onnx import in_8_bits
 

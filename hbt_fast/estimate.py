@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hbt_fast.base.programs import program
+from hbt_fast.base.programs import as_process, program
 from hbt_fast.config import Config, parse
 from hbt_fast.data.feed import RankBatch, rank_batch, rows_of
 from hbt_fast.encode import at_least_one
@@ -81,7 +81,7 @@ class Estimate:
         return "\n".join([*lines, f"{total:9.2f} s    per step: {self.pairs / total:,.0f} pairs/s"])
 
 
-@program("hbt_fast.estimate", at_end=leave)
+@program("hbt_fast.estimate")
 def main(arguments: list[str] | None = None) -> None:
     """Estimate from the command line."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -222,5 +222,10 @@ def _seconds(function: object, here: World) -> float:
     return time.perf_counter() - began
 
 
+def run() -> None:
+    """The program as a process of its own."""
+    as_process(main, leave)
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -41,7 +41,7 @@ from hbt_fast.data.mining import (
 from hbt_fast.data.problems import Tally
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.store import SourceStore, Store, folded
-from hbt_fast.encoder.model import Encoder, EncoderError
+from hbt_fast.encoder.model import Encoder
 from hbt_fast.encoder.prompts import KINDS, Prompts, choose_prompts
 from hbt_fast.prepare import fingerprint, prepare, resolve, rows_of, source_name, tokenizer_parts
 
@@ -149,12 +149,7 @@ def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and computes_in_bf16(device))
-    try:
-        encoder = Encoder.from_pretrained(
-            model, pooling=config.model.pooling, autocast=torch.bfloat16 if bf16 else None
-        )
-    except ValueError as error:  # a broken config, an unknown architecture: the user's to mend
-        raise EncoderError(str(error)) from None
+    encoder = Encoder.from_pretrained(model, pooling=config.model.pooling, autocast=torch.bfloat16 if bf16 else None)
     encoder.max_length = min(encoder.max_length, config.model.max_length)
     what = identity(encoder, How("", 0, encoder.dimension, "float32"))  # the prompt goes in with the texts
     return encoder.to(device), fingerprint([what, device.type, *tokenizer_parts(encoder.tokenizer)])

@@ -15,7 +15,7 @@ if __name__ == "__main__" and Path(sys.path[0] or ".").resolve() == Path(__file_
 
 from typing import TYPE_CHECKING
 
-from hbt_fast.base.programs import end, program
+from hbt_fast.base.programs import as_process, end, program
 from hbt_fast.config import Config, parse
 from hbt_fast.data.feed import Feed
 from hbt_fast.data.plan import BatchPlanner
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from hbt_fast.evaluation.metrics import Results
 
 
-@program("hbt_fast.train", at_end=leave)
+@program("hbt_fast.train")
 def main(arguments: list[str] | None = None) -> None:
     """Train from the command line; errors that a user can mend end the program with one message and status 2.
 
@@ -207,5 +207,10 @@ def make_feed(
     )
 
 
+def run() -> None:
+    """The program as a process of its own."""
+    as_process(main, leave)
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def changes(draw, content):
             key = draw(st.sampled_from(sorted(KEYS)))
             target = content[0] if isinstance(content, list) and content and isinstance(content[0], dict) else content
             if isinstance(target, dict):
-                target[key] = draw(st.sampled_from(KEYS[key]))
+                target[key] = deepcopy(draw(st.sampled_from(KEYS[key])))  # it may be changed in turn
             continue
         inner = content
         for key in where[:-1]:
@@ -127,7 +128,7 @@ def changes(draw, content):
         if kind == "remove":
             del inner[where[-1]]
         else:
-            inner[where[-1]] = draw(st.sampled_from(VALUES) | st.integers(-3, 70) | st.text(max_size=3))
+            inner[where[-1]] = deepcopy(draw(st.sampled_from(VALUES) | st.integers(-3, 70) | st.text(max_size=3)))
     return content
 
 

@@ -24,6 +24,7 @@ from hbt_fast.engine.validation import Validation, check_evaluation
 from hbt_fast.evaluation.metrics import Results
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.run import EvaluationError, evaluate
+from hbt_fast.prepare import resolve
 from hbt_fast.train import build, main
 
 STEPS = 12
@@ -216,7 +217,7 @@ def two_towers(tokenizer, **model) -> tuple[Config, torch.nn.Module]:
     config = Config(eval=EvalConfig("cldr", languages=["de", "en"]))
     shape = dataclasses.replace(config.model.scratch, vocabulary=300, hidden=32, layers=2, heads=2)
     model = dataclasses.replace(config.model, scratch=shape, separate_towers=True, dropout=0.1, **model)
-    config = dataclasses.replace(config, model=model)
+    config, _ = resolve(dataclasses.replace(config, model=model))
     towers = build(config, tokenizer)
     with torch.no_grad():
         for p in towers.passages.parameters():
@@ -228,11 +229,11 @@ def measured(config: Config, world: World, towers, trained, folder: Path) -> Res
     """What an evaluation of all ranks finds, in more rounds than fit between two gathers."""
     encode.TOKENS, encode.ROUNDS = 700, 3
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(folder / "run")))
-    log = RunLog(folder / f"run-{world.size}-{world.rank}", config, world)
-    log.open()
-    log.writer = Writer()
-    before = torch.get_rng_state()
-    made = Evaluator(config, world, log)(trained, DURING, 1)
+    with RunLog(folder / f"run-{world.size}-{world.rank}", config, world) as log:
+        log.open()
+        log.writer = Writer()
+        before = torch.get_rng_state()
+        made = Evaluator(config, world, log)(trained, DURING, 1)
     assert torch.equal(before, torch.get_rng_state())
     assert all(module.training for module in towers.modules())
     return made

@@ -56,7 +56,7 @@ def full_disk(monkeypatch):
     def limit(most):
         monkeypatch.undo()
         if most is not None:
-            monkeypatch.setattr(growing, "open", lambda path, mode: Full(Path(path).open(mode), most), raising=False)
+            monkeypatch.setattr(growing, "open", lambda path, mode: Full(Path(path).open(mode), most), raising=False)  # noqa: SIM115
 
     return limit
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import os
@@ -21,48 +22,35 @@ P = ParamSpec("P")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a write to an open file fails so, without a file name
 
 
-def program(
-    name: str, *also: type[Exception], at_end: Callable[[], None] = lambda: None
-) -> Callable[[Callable[P, object]], Callable[P, None]]:
+def program(name: str, *also: type[Exception]) -> Callable[[Callable[P, object]], Callable[P, None]]:
     """Make a function the main function of a program: it returns where all is done, and exits with a status otherwise.
 
     Args:
         name: of the program, before each message.
         also: errors besides UserError that are the user's to mend.
-        at_end: is called last, when nothing of what the program did is held any more, its exceptions included.
     """
 
     def frame(main: Callable[P, object]) -> Callable[P, None]:
-        def status(*arguments: P.args, **named: P.kwargs) -> int | str | None:
-            """What the program exits with; its message is written."""
+        @functools.wraps(main)
+        def framed(*arguments: P.args, **named: P.kwargs) -> None:
             try:
                 main(*arguments, **named)
-            except SystemExit as ended:
-                return ended.code
             except (UserError, *also) as error:
-                return _said(name, str(error), 2)
+                end(name, str(error), 2)
             except StoppedError as stopped:
-                return _said(name, str(stopped), 128 + stopped.number)
+                end(name, str(stopped), 128 + stopped.number)
             except KeyboardInterrupt:
-                return _said(name, "interrupted (Ctrl-C)", 130)
+                end(name, "interrupted (Ctrl-C)", 130)
             except MemoryError as error:
-                return _said(name, f"memory ran out{': ' * bool(str(error))}{error}", 2)
+                end(name, f"memory ran out{': ' * bool(str(error))}{error}", 2)
             except BrokenPipeError:  # its output went to a program that has ended, such as head
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 141
+                sys.exit(141)
             except OSError as error:
                 if error.filename is None and error.errno not in DISK:
                     raise
                 where = "" if error.filename is None else f"{error.filename}: "
-                return _said(name, f"{where}{error.strerror}", 2)
-            return 0
-
-        @functools.wraps(main)
-        def framed(*arguments: P.args, **named: P.kwargs) -> None:
-            code = status(*arguments, **named)
-            at_end()
-            if code:
-                sys.exit(code)
+                end(name, f"{where}{error.strerror}", 2)
 
         return framed
 
@@ -71,9 +59,29 @@ def program(
 
 def end(name: str, message: str, status: int) -> NoReturn:
     """End the program with a message on stderr and a status."""
-    sys.exit(_said(name, message, status))
-
-
-def _said(name: str, message: str, status: int) -> int:
     print(f"{name}: {message}", file=sys.stderr, flush=True)
-    return status
+    sys.exit(status)
+
+
+def as_process(main: Callable[[], None], leave: Callable[[], bool]) -> None:
+    """Call the main function of a program as a process of its own.
+
+    Args:
+        main: a `program`.
+        leave: is called last, on every way out. True: the process ends with what is registered with atexit, and its
+            interpreter is not taken down, which threads that are still running might not survive.
+    """
+    status: object = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if leave():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 0 if status is None else 1)
+    sys.exit(status)

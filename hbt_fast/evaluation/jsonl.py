@@ -58,6 +58,8 @@ def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | 
         rows = list(read_jsonl(Source(path=str(path), format="jsonl"), Strict()))
         for row in rows:
             refuse_half_pairs([row.queries, row.passages], row.where)
+            if not all(code.strip() for code in (*row.queries, *row.passages)):
+                raise DataError(f"{row.where}: a text is of the language ''; write its code, as 'en'")
         _check_languages(path, languages, {code for row in rows for code in (*row.queries, *row.passages)})
         return task_from_rows(name, _in_languages(rows, languages))
     here = Path(path).expanduser()
