@@ -375,7 +375,7 @@ def test_records_may_have_any_character(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every": 1, "queries": 0}, "eval.queries is 0; write 1 or more"),
+        ({"every": 1, "queries": 0}, "eval.queries is 0; write a whole number from 1 on"),
         ({"every": 1, "candidates": 5}, "eval.candidates is set, but eval.queries is not"),
     ],
 )

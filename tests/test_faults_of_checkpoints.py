@@ -22,7 +22,7 @@ def save(run: Path, step: int, size: int = 1000, keep: int = 2, **options) -> Pa
 
 def whole_step(run: Path) -> int:
     """The step of the newest checkpoint, which loads and holds what was saved."""
-    step, parameters, moments, _ = load_checkpoint(newest_checkpoint(run), {"seed": 1})
+    step, parameters, moments, *_ = load_checkpoint(newest_checkpoint(run), {"seed": 1})
     assert (parameters["weight"] == step).all()
     assert (moments["weight.exp_avg"] == step / 2).all()
     return step

@@ -174,4 +174,4 @@ def test_too_many_bad_steps_in_a_row_end_the_run_by_name(tmp_path, monkeypatch, 
     assert len(Path("run/bad-batches.jsonl").read_text().splitlines()) == 4
     with pytest.raises(SystemExit):
         main([*SMALL, "train.max_skipped_steps=0", "train.run_dir=other"])
-    assert "train.max_skipped_steps is 0; write 1" in capsys.readouterr().err
+    assert "train.max_skipped_steps is 0; write a whole number from 1 on" in capsys.readouterr().err

@@ -328,7 +328,7 @@ def test_the_program_makes_a_dictionary_from_any_source(tmp_path, capsys):
         (["--source", "p.tsv", "--languages", "en", "german"], "'german' is not a language code"),
         (["--source", "p.tsv", "--languages", "en", "de", "--min_cuont", "2"], "min_cuont"),
         (["--source", "p.tsv", "--languages", "en", "de", "--min_count", "two"], "min_count"),
-        (["--languages", "en", "de"], "give either path or files"),
+        (["--languages", "en", "de"], "source names nothing; write --source FILE"),
     ],
 )
 def test_the_programs_errors_are_one_message_and_status_2(tmp_path, capsys, monkeypatch, arguments, message):

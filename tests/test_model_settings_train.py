@@ -169,7 +169,7 @@ def test_two_towers_with_a_learned_temperature_train_export_and_resume(folder, m
     assert_resumes_alike(folder, "towers", *options, patch=monkeypatch)
     with pytest.raises(SystemExit):
         run(folder, "towers", "loss.learn_temperature=true", "train.resume=true", patch=monkeypatch)
-    assert "the checkpoint is of another model" in capsys.readouterr().err
+    assert "model.separate_towers was True, is False" in capsys.readouterr().err
 
 
 def test_a_learned_scale_stays_below_its_limit_and_can_come_back():

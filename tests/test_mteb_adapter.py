@@ -237,7 +237,8 @@ def test_a_task_can_be_run_again(make_encoder):
 
 
 def test_search_returns_the_best_documents(make_encoder):
-    model, task = MTEBSearch(make_encoder()), LocalXQuAD()
+    prompts = {"query_prompt": "Query: ", "passage_prompt": "Passage: "}
+    model, task = MTEBSearch(make_encoder(), **prompts), LocalXQuAD()
     task.load_data()
     data, about = task.dataset["en"]["validation"], {"hf_split": "validation", "hf_subset": "en"}
     about |= {"task_metadata": task.metadata, "encode_kwargs": {"show_progress_bar": False}, "num_proc": None}

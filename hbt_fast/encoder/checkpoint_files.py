@@ -95,10 +95,12 @@ def find(name: str, path: str) -> Path | None:
         path: in it.
 
     Raises:
-        EncoderError: the path leaves the folder, or the file cannot be fetched.
+        EncoderError: there is no such folder, the path leaves it, or the file cannot be fetched.
     """
     from transformers.utils import cached_file
 
+    if not name or ((name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir()):
+        raise EncoderError(f"{name}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or "\\" in path or not path.isprintable():
         raise EncoderError(

@@ -165,8 +165,6 @@ def try_out(encoder: Encoder, path: str) -> None:
 
 def _check_place(path: str) -> None:
     """Refuse what is no checkpoint, and say where one is."""
-    if not path or ((path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir()):
-        raise EncoderError(f"{path}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
     adapter = read_fields(path, "adapter_config.json")
     if adapter is not None:
         base = adapter.text("base_model_name_or_path") or "BASE"
