@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hbt_fast.config import ModelConfig, parse
-from hbt_fast.encoder import Encoder
+from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.encoder.export import export
 from hbt_fast.encoder.prompts import choose_prompts
 from hbt_fast.prepare import resolve
@@ -109,3 +109,8 @@ def test_training_takes_the_recorded_prompts_says_so_and_exports_them(record, tm
     assert Encoder.from_pretrained("run/model").prompts == {"query": "query: ", "passage": "passage: "}
     assert "query_prompt: 'query: '" in (tmp_path / "run" / "config.yaml").read_text()
     assert '{"query": "query: ", "passage": "passage: "}' in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_none():
+    with pytest.raises(EncoderError, match="/nowhere/model: no such folder; give a checkpoint folder or a hub name"):
+        choose_prompts("/nowhere/model", {})
