@@ -170,9 +170,10 @@ def test_a_wrong_value_is_named_by_file_and_field(folder, file, changes, message
     refused(folder, message)
 
 
-def test_a_length_without_a_limit_is_no_limit(folder):
+def test_a_length_without_a_limit_is_no_limit(folder, capsys):
     rewrite(folder / "sentence_bert_config.json", max_seq_length=10**30)
     assert Encoder.from_pretrained(folder).max_length == 32
+    assert "length limit" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["../1_Pooling", "/etc", "1_Pooling/../../x", "..\\x"])
