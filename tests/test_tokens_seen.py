@@ -78,7 +78,7 @@ def test_preparing_refuses_data_that_the_tokenizer_does_not_know(make_encoder, t
 
 
 def test_a_byte_level_tokenizer_has_no_unknown_tokens(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
@@ -86,6 +86,8 @@ def test_a_byte_level_tokenizer_has_no_unknown_tokens(tmp_path):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     core.train_from_iterator(["red"], trainer)
+    ends = [("<|end|>", core.token_to_id("<|end|>"))]
+    core.post_processor = processors.TemplateProcessing(single="$A <|end|>", special_tokens=ends)
     names = {"unk_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}  # as GPT-2 has it
     byte_level = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     rows = [Row({"ru": f"что {i}"}, {"ru": f"это {i}"}) for i in range(9)]
