@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,9 @@ from hbt_fast.config import BatchConfig, Config, LossConfig, ModelConfig, TrainC
 from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.encoder.scratch import ScratchConfig, encoder_from_scratch
 from hbt_fast.encoder.towers import Towers
+from hbt_fast.engine.backends import DeepSpeedEngine
 from hbt_fast.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from hbt_fast.engine.guard import DivergedError
 from hbt_fast.engine.launch import World, make_engine, start
 from hbt_fast.engine.step import Stepper
 from hbt_fast.train import make_feed, make_planner
@@ -71,12 +74,26 @@ def run(config: Config, store: Store, world: World, first: int = 0, last: int = 
     if restored:
         towers.load_trained(restored[0])
     stepper = make_stepper(config, world, keep, towers)
+    if stepper.engine.zero_stage == 3:
+        fill_padding(stepper.engine)
     if restored:
         stepper.engine.restore(restored[1], first)
     with make_feed(make_planner(store, config), store, config, world, first=first, budget=stepper.tokens) as feed:
         for step in range(first, last):
             assert stepper(next(feed), config.train.learning_rate * (1 - step / 10)).trouble is None
     return stepper.engine.state()
+
+
+def fill_padding(engine: DeepSpeedEngine) -> None:
+    """NaN at the ends of ZeRO-3's partitions, which belong to no weight and are whatever memory held before."""
+    zero = engine.engine.optimizer
+    for p in engine.module.parameters():
+        begin = p.ds_tensor.ds_numel * dist.get_rank()
+        p.ds_tensor.data[max(0, p.ds_numel - begin) :] = torch.nan
+    for whole, kept in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+        whole.data.copy_(kept)
+    padded = any(p.ds_numel % 2 for p in engine.module.parameters()) and dist.get_rank() == 1
+    assert any(flat.isnan().any() for flat in zero.fp32_partitioned_groups_flat) == padded
 
 
 def reference(store: Store, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -143,6 +160,8 @@ def worker(rank: int, world: int, folders: list[str], out: str, train: dict) -> 
     here.barrier()
     step, *restored, _ = load_checkpoint(newest_checkpoint(out), {"test": 1})
     resumed = run(config, store, here, step, STEPS, restored)
+    with pytest.raises(DivergedError, match="step 0: its update made weights"):
+        run(settings(**train, learning_rate=1e25), store, here, 0, 1)
     states = {"first": first, "whole": whole, "resumed": resumed, "towers first": towers_first, "towers": towers}
     if rank == 0:
         for name, (parameters, moments) in states.items():

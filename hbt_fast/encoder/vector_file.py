@@ -124,8 +124,8 @@ class VectorFile:
         self.noted = monotonic()
 
     def _remove(self) -> None:
-        for name in ("vectors.npy", "state.json", "lock"):
-            (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.iterdir():  # also what a kill left of a note half written
+            path.unlink(missing_ok=True)
         self.folder.rmdir()
 
 

@@ -208,7 +208,14 @@ class DeepSpeedEngine:
         return norm
 
     def finite(self) -> bool:
-        return all_finite([p.detach() for p in self._partitions()])
+        if self.zero_stage < 3:
+            return all_finite(self._partitions())
+        own = []
+        for _, p in trained_parameters(self.module):  # not all of a partition: DeepSpeed leaves its end uninitialised
+            size = p.ds_tensor.ds_numel
+            begin = size * dist.get_rank(p.ds_process_group)
+            own.append(p.ds_tensor[: max(0, min(size, p.ds_numel - begin))])
+        return all_finite(own)
 
     def _partitions(self) -> list[Tensor]:
         """The float32 weights that this rank updates."""

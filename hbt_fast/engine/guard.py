@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DivergedError(UserError):
-    """Too many steps in a row without a finite gradient."""
+    """Too many steps in a row without a finite gradient, or an update that made a weight NaN or infinite."""
 
 
 class SkippedSteps:
