@@ -94,6 +94,13 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"), [("null", None), ("", ""), ("no", "no"), ("# ask: ", "# ask: "), ("&ask", "&ask")]
+)
+def test_only_null_on_the_command_line_is_null(given, meant):
+    assert parsed(f"model.query_prompt={given}").model.query_prompt == meant
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("train:\n  steps: 3\n  clip: 1\n  steps: 4\n", r"a.yaml:4: .*the key steps is there twice, first in line 2"),

@@ -36,10 +36,16 @@ def new_parser(program: str, description: str) -> ArgumentParser:
     """An empty command line."""
     from jsonargparse import ArgumentParser, set_loader
 
-    set_loader(MODE, load, (yaml.YAMLError,))
+    set_loader(MODE, _value, (yaml.YAMLError,))
     return ArgumentParser(
         prog=program, description=description, exit_on_error=False, allow_abbrev=False, parser_mode=MODE
     )
+
+
+def _value(text: str) -> Any:
+    """The value of a setting on the command line: what YAML takes for nothing but a comment is a text here."""
+    value = load(text)
+    return text if value is None and text.strip() not in ("", "~", "null", "Null", "NULL") else value
 
 
 def parse_with(parser: ArgumentParser, arguments: Sequence[str], settings: type) -> Namespace:

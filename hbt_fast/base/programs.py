@@ -80,6 +80,8 @@ def as_process(main: Callable[[], None], leave: Callable[[], bool]) -> None:
         sys.excepthook(*sys.exc_info())
         status = 1
     if leave():
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
