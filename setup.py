@@ -33,11 +33,15 @@ EXTRAS = {
     "train": TRAIN,
     "faiss-cpu": ["faiss-cpu>=1.10"],  # top-k search
     "gpu": ["faiss-gpu>=1.15", "flash-attn>=2.8"],  # the same on GPUs (instead of faiss-cpu); attention without padding
-    "hf": ["datasets>=4.0"],  # sources of format hf
+    "hf": [
+        "datasets>=4.0",  # sources of format hf
+        "numpy>=2.0",  # the pyarrow that datasets brings refuses an older one
+    ],
     "st": [
         "sentence-transformers>=6.0",  # its losses' drop-ins; checks exported models
         "accelerate>=1.0",  # its trainer, and transformers' own
         "datasets>=4.0",  # what its trainer reads
+        "numpy>=2.0",  # see hf
     ],
     "mteb": ["mteb>=2.15"],  # public benchmarks; 2.15 is the oldest that was tried
     "onnx": [  # exports for serving without torch, and encoding in 8 bits; the oldest that were tried

@@ -10,6 +10,7 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 OF_THE_MAKEFILE = {"torch", "triton"}  # installed first, or those of the machine
@@ -55,7 +56,9 @@ def test_the_lock_leaves_a_machine_its_torch_and_its_faiss():
 
 def test_the_oldest_versions_are_the_floors_of_setup_py(wanted):
     """So that `make test-oldest` tests what setup.py promises."""
-    oldest = pins("oldest.txt")
+    oldest, floors = pins("oldest.txt"), {}
     for requirement in wanted:
         (floor,) = [bound.version for bound in requirement.specifier if bound.operator == ">="]
-        assert oldest[canonicalize_name(requirement.name)] == floor, requirement
+        name = canonicalize_name(requirement.name)
+        floors[name] = max(floors.get(name, floor), floor, key=Version)  # extras may want a newer one
+    assert {name: oldest.get(name) for name in floors} == floors
