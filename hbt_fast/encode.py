@@ -6,6 +6,7 @@ Writes one vector per text as a .npy file, in the order of the texts; started ag
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hbt_fast.encoder import Encoder
 
 CPUINFO = Path("/proc/cpuinfo")
+JSON_LINES = re.compile(r"\.(jsonl|ndjson)\b")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -120,13 +122,17 @@ def texts_of(files: Sequence[str], fields: Sequence[str] | None) -> Iterator[str
 
     for path in (path for name in files for path in expand(name)):
         if not fields:
-            yield from (text for _, text in lines(path))
+            for number, text in lines(path):
+                if number == 1 and JSON_LINES.search(path) and text.lstrip().startswith("{"):
+                    raise DataError(f"{path}: holds JSON Lines; say which field is the text, as --field text")
+                yield text
             continue
         for where, record in records(path, Strict()):
             parts = [record[field] for field in fields if record.get(field)]
             if not parts or not all(isinstance(part, str) for part in parts):
+                empty = "; it is empty" if any(record.get(field) == "" for field in fields) else ""
                 have = ", ".join(record)
-                raise DataError(f"{where}: no text in field {' or '.join(fields)}; the fields are: {have}")
+                raise DataError(f"{where}: no text in field {' or '.join(fields)}{empty}; the fields are: {have}")
             refuse_half_pairs(parts, where)
             yield " ".join(parts)
 

@@ -184,7 +184,7 @@ def _activations(
         shape = np.array([(micro.cost, micro.longest) for micro in batch.micro_batches], float)
         forward, whole = first(shape), second(shape)
         sums["embed"] += forward.sum()
-        sums["re-embed"] += (whole - forward * keep).sum()
+        sums["re-embed"] += np.maximum(whole - forward * keep, 0).sum()  # of little, noise is more
         largest = max(largest, needs[0], needs[~keep].max(initial=0))  # the first is gone when others are made
         kept_bytes, widest = max(kept_bytes, needs[1:][keep[1:]].sum()), max(widest, needs.max())
         found.kept += keep.mean() / len(batches)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from hbt_fast.data.plan import BatchPlanner
+    from hbt_fast.data.shares import BatchConfig
     from hbt_fast.data.store import Role, SourceStore, Store
     from hbt_fast.data.tokens_seen import TokensSeen
     from hbt_fast.encoder.prompts import Prompts
@@ -54,7 +55,20 @@ def overview(
         "sources": [_source(source, tokens_seen(source, tokenizer, *roles)) for source in store.sources],
         "examples": _examples(store, tokenizer),
         "language pairs": _pairs(store, planner),
+        "not used": _not_used(store, planner.batch),
     }
+
+
+def _not_used(store: Store, batch: BatchConfig) -> list[str]:
+    """Settings that ask for what does not come."""
+    said, default = [], type(batch)()
+    if batch.hard_negatives and not any(len(source.negative_texts) for source in store.sources):
+        said.append(f"batch.hard_negatives is {batch.hard_negatives}, and the data has none")
+    if batch.strategy != "hybrid":
+        for name in ("alpha", "alpha_end"):
+            if (value := getattr(batch, name)) != getattr(default, name):
+                said.append(f"batch.{name} is {value:g}, which batch.strategy {batch.strategy} does not use")
+    return said
 
 
 def _source(source: SourceStore, seen: list[TokensSeen]) -> dict:
@@ -131,6 +145,7 @@ def in_words(found: dict) -> str:
         lines.append(f"a {kind} as the model sees it ({example['language']}): {text[:CHARACTERS]}{cut}")
     pairs = found["language pairs"]
     shares = [f"{pair} {share:.1%}" for pair, share in pairs["share"].items()]
+    lines += [f"not used: {text}" for text in found["not used"]]
     lines.append(f"language pairs, query-passage, of {pairs['steps']:,} steps: {_some(shares)}")
     return "\n".join(lines)
 
@@ -162,5 +177,5 @@ def _source_in_words(source: dict) -> list[str]:
 
 
 def _some(parts: list[str]) -> str:
-    more = f" and {len(parts) - SHOWN:,} more (overview.json)" if len(parts) > SHOWN else ""
+    more = f" and {len(parts) - SHOWN:,} more (the JSON has all)" if len(parts) > SHOWN else ""
     return ", ".join(parts[:SHOWN]) + more

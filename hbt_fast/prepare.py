@@ -140,6 +140,8 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     if not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         print(f"training a tokenizer of {model.scratch.vocabulary:,} tokens", flush=True)
         made = train_tokenizer(_texts(config), model.scratch.vocabulary)
+        if len(made) < model.scratch.vocabulary:
+            print(f"it has {len(made):,} tokens: there is no text to make more of", flush=True)
         with whole_folder(folder) as begun:
             made.save_pretrained(begun)
     return load_tokenizer(folder)
@@ -164,9 +166,9 @@ def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> 
         else:
             rows, skip = rows_of(config, group, tally := Tally()), config.data.on_error == "skip"
             made.append(build_source(folder, name, rows, tokenizer, query, passage, tally=tally, skip=skip))
-            if (listing := folder / "skipped.txt").exists():  # those of an interrupted run too
-                count = listing.read_text(encoding="utf-8").count("\n")
-                print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
+        if (listing := folder / "skipped.txt").exists() and verify:  # of an earlier run, too
+            count = listing.read_text(encoding="utf-8").count("\n")
+            print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
         weights.append(group[0].weight)
         settings = [asdict(replace(source, weight=None)) for source in group]
         made_of.append(

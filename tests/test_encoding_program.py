@@ -73,6 +73,8 @@ def test_devices_and_precision(model, tmp_path):
     [
         (None, [], "corpus.jsonl: no such file"),
         ('{"text": "red"}\n{"title": "x"}', ["--field", "text"], "corpus.jsonl:2: no text in field text; the fields"),
+        ('{"text": "red"}', [], "corpus.jsonl: holds JSON Lines; say which field is the text, as --field text"),
+        ('{"text": ""}', ["--field", "text"], "corpus.jsonl:1: no text in field text; it is empty; the fields are"),
         ('{"text": 3}', ["--field", "text"], "corpus.jsonl:1: no text in field text"),
         ("not json", ["--field", "text"], "corpus.jsonl:1: not JSON"),
         ("red", ["--dimensions", "64"], "dimensions is 64; the encoder has 32"),

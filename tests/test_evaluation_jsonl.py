@@ -97,10 +97,32 @@ def test_a_language_that_is_not_there_is_named(tmp_path):
     put(tmp_path / "plain.jsonl", [{"query": "a?", "passage": "A", "language": code} for code in ("en", "de")])
     put(tmp_path / "n-way.jsonl", [{"query": {"en": "a"}, "passage": {"en": "A", "de": "B"}}])
     for name in ("plain.jsonl", "n-way.jsonl"):
-        with pytest.raises(DataError, match=rf"{name}: nothing for languages xx; there are de, en"):
-            jsonl(tmp_path / name, ["en", "xx"])
+        with pytest.raises(DataError, match=rf"{name}: nothing for languages fr; there are de, en"):
+            jsonl(tmp_path / name, ["en", "fr"])
     # German is there, if only to answer in.
     assert jsonl(tmp_path / "n-way.jsonl", ["en", "de"]).candidate_languages == ["en", "de"]
+
+
+@pytest.mark.parametrize("n_way", [False, True])
+def test_languages_are_codes_in_any_spelling(tmp_path, n_way):
+    def lines(en, de):
+        if n_way:
+            return [{"query": {en: "a?", de: "b?"}, "passage": {"en": "A", "de": "B"}}]
+        pairs = ((en, "en", "a"), (de, "de", "b"))
+        return [{"query": q, "passage": q.upper(), "query_language": a, "passage_language": b} for a, b, q in pairs]
+
+    for name, codes in {"own": ("en", "de"), "other": ("EN", "deu")}.items():
+        put(tmp_path / name / "q.jsonl", lines(*codes))
+    own, other = (jsonl(tmp_path / name, languages=["de", "ENG"]) for name in ("own", "other"))
+    assert (other.query_languages, other.languages) == (own.query_languages, own.languages)
+    put(tmp_path / "bad.jsonl", lines("English", "de"))
+    with pytest.raises(DataError, match=r"bad.jsonl:1: 'English' is not a language code .*; did you mean 'en'\?"):
+        jsonl(tmp_path / "bad.jsonl")
+    put(tmp_path / "regions.jsonl", lines("pt-br", "pt_PT"))
+    assert jsonl(tmp_path / "regions.jsonl").query_languages == ["pt-BR", "pt-PT"]
+    put(tmp_path / "twice.jsonl", [{"query": {"en": "a", "EN": "b"}, "passage": {"en": "A"}}])
+    with pytest.raises(DataError, match=r"twice.jsonl:1: two texts of language 'en'; leave one out"):
+        jsonl(tmp_path / "twice.jsonl")
 
 
 def test_queries_and_passages_have_languages_of_their_own_as_in_training(tmp_path):

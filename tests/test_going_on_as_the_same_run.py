@@ -72,6 +72,9 @@ def test_a_change_that_is_named_is_taken_and_said(here, capsys):
     changed = ["train.steps=6", "train.learning_rate=0.002", "train.resume=true"]
     assert status(main, [*SMALL, *changed, "train.resume_changed=[train.steps]"]) == 2
     assert "write train.resume_changed=[train.learning_rate, train.steps]" in capsys.readouterr().err
+    assert status(main, [*SMALL, *changed, "train.resume_changed=[train.step]"]) == 2
+    unknown = "train.resume_changed has train.step, in which no run can change; did you mean train.steps?"
+    assert unknown in capsys.readouterr().err
     main([*SMALL, *changed, "train.resume_changed=[train.learning_rate, train.steps]"])
     said = capsys.readouterr().out
     assert "from here on another run than before: train.steps was 4, is 6" in said

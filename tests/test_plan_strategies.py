@@ -188,7 +188,7 @@ def test_code_switched_batches_are_monolingual_before_switching():
         ({"hard_negatives": -1}, "batch.hard_negatives is -1; write a whole number from 0 to 65,536"),
         ({"language_weights": {"en": -1}}, "batch.language_weights.en is -1; write a number from 0 to 1e.09"),
         ({"language_weights": {"dee": 1}}, r"batch.language_weights"),
-        ({"language_weights": {"fr": 1}}, r"the data has no fr; did you mean \w+\? It has de, en, sw, th"),
+        ({"language_weights": {"fr": 1}}, r"the data has no fr; it has de, en, sw, th"),
         ({"language_weights": dict.fromkeys(("de", "en", "sw", "th"), 0)}, "every language has weight 0"),
         ({"strategy": "mono", "size": 150}, "mono th partly: 120. Lower batch.size, drop"),
         ({"strategy": "cross", "cross_pairs": "one", "size": 150}, "8 .*cross_pairs to mixed|and 2 more|cross_pairs"),

@@ -52,6 +52,7 @@ def read(path, on_error="skip", languages=None, **options):
         ('{"query": ' + "9" * 5000 + "}", "a number of thousands of digits"),
         (json.dumps({**GOOD, "query": "y" * 20_000}), "longer than 9,999 bytes .* write a larger data.longest_line"),
         ('{"query": "\0"}', "holds NUL bytes"),
+        ('{"query": "a", "query": "b", "passage": "c", "language": "en"}', "the key 'query' is there twice"),
     ],
 )
 def test_every_kind_of_bad_row_is_named_or_left_out(tmp_path, bad, reason):
@@ -64,6 +65,15 @@ def test_every_kind_of_bad_row_is_named_or_left_out(tmp_path, bad, reason):
     assert len(tally.skipped) == 1
     assert f"{path}:2: " in tally.skipped[0]
     assert tally.read == 3
+
+
+def test_a_second_text_of_a_language_is_counted(tmp_path):
+    texts = {"zh-CN": "a", "zh-TW": "b", "en": "c", "EN": "d"}
+    rows, tally = read(write(tmp_path / "a.jsonl", {"query": texts, "passage": {"en": "A"}}), "raise")
+    assert rows[0].queries == {"zh": "a", "en": "c"}
+    beside = "beside another of their language, as zh-TW beside zh-CN"
+    assert tally.plain()["languages"] == {"en": {"read": 1, beside: 1}, "zh": {"read": 1, beside: 1}}
+    assert not tally.left_out
 
 
 def test_a_line_that_is_not_text_is_a_bad_row_and_lines_stay_aligned(tmp_path):

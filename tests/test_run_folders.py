@@ -84,7 +84,8 @@ def test_an_earlier_run_stays_in_place_until_the_new_one_begins(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileError, match=r"file/run could not be written: .*; write another train.run_dir"):
+    wanted = r"file/run could not be written: .*/file is a file, and a .* move it away, or write another train.run_dir"
+    with pytest.raises(FileError, match=wanted):
         RunFolder(tmp_path / "file" / "run", False)
 
 

@@ -65,11 +65,24 @@ def test_the_log_the_plan_the_page_and_a_file_say_it_before_training(here, capsy
     assert sum(written["language pairs"]["share"].values()) == pytest.approx(1, abs=1e-4)
 
 
+def test_settings_that_nothing_comes_of_are_said(here, capsys):
+    main([*SMALL, "batch.hard_negatives=4", "batch.alpha=0.9"])
+    said = capsys.readouterr().out
+    assert "not used: batch.alpha is 0.9, which batch.strategy mono does not use" in said
+    assert "batch.hard_negatives is" not in said
+    lines = (here / "pairs.jsonl").read_text().splitlines()
+    (here / "pairs.jsonl").write_text("\n".join(line for line in lines if "negatives" not in line))
+    plan.main([*SMALL, "batch.hard_negatives=4", "batch.strategy=hybrid", "batch.alpha=1"])
+    said = capsys.readouterr().out
+    assert "not used: batch.hard_negatives is 4, and the data has none" in said
+    assert "batch.alpha is" not in said
+
+
 def test_many_languages_stay_a_few_lines(here):
     main(SMALL)
     found = json.loads((here / "run" / "overview.json").read_text(encoding="utf-8"))
     found["sources"][0]["languages"] = {f"x{n}": {"queries": 1, "passages": 1} for n in range(100)}
     found["examples"]["query"]["text"] = "word " * 1000
     words = in_words(found)
-    assert "and 88 more (overview.json)" in words
+    assert "and 88 more (the JSON has all)" in words
     assert len(words) < 2000

@@ -141,6 +141,8 @@ def _said(error: Exception, settings: type) -> str:
         choice = wanted(cls, inner)
         near = difflib.get_close_matches(value[1], re.findall(r"[\w@-]+", choice), 1, 0.6) if " or " in choice else []
         return f"{of}{inner} is {said}; write {choice}" + (f"; did you mean {near[0]}?" if near else "")
+    if option := re.search(r"Option '([^']+)' is not accepted", message):
+        return f"{key[1]}: there is no {option[1]}{_near(option[1], known)}"
     if unknown:
         return f"{key[1]}: there is no {given}{_near(given, known)}"
     words = [word.strip(".") for word in re.findall(r"[\w.-]+", message)]

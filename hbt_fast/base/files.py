@@ -106,6 +106,12 @@ def writing(path: Path, instead: str = "make room, or name another place, and st
         yield
     except FileError:  # it says more
         raise
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((there for there in (*reversed(path.parents), path) if there.exists() and not there.is_dir()), path)
+        instead = "name another place" if "make room" in instead else instead
+        raise FileError(
+            f"{path} could not be written: {file} is a file, and a folder is needed there; move it away, or {instead}"
+        ) from error
     except OSError as error:
         raise FileError(
             f"{path} could not be written: {error.strerror or error}{free_space(path)}; {instead}"

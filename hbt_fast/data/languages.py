@@ -27,6 +27,20 @@ def normalise(code: str) -> str:
     return language
 
 
+@cache
+def standard(code: str) -> str:
+    """The standard code of a language, with region and script where it has them: "EN" -> "en", "deu-AT" -> "de-AT".
+
+    Raises:
+        DataError: not a language code; names a near one.
+    """
+    import langcodes
+
+    short = normalise(code)
+    found = langcodes.standardize_tag(code.strip().replace("_", "-"), macro=True)
+    return short if found.lower() == short else found
+
+
 def is_language(code: str) -> bool:
     """Whether `normalise` knows it."""
     try:

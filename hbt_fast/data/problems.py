@@ -14,6 +14,7 @@ LONGEST_LINE, LONGEST_TEXT = 1 << 24, 1_000_000  # bytes, characters
 
 MALFORMED = "malformed"
 UNWANTED = "not in data.languages"
+VARIANT = "beside another of their language, as zh-TW beside zh-CN"  # the first is taken
 ALONE = "a text without its translation"
 EMPTY = "an empty line"
 NO_ANSWER = "a question without one answer to go by"

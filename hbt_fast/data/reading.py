@@ -98,7 +98,7 @@ def lines(path: str, problems: Problems | None = None, *, rows: bool = True) -> 
                     text = None
             yield number, text if text is None else text.rstrip("\r\n")
     if not number:
-        raise DataError(f"{path}: empty file")
+        raise DataError(f"{path}: empty file; leave it out")
 
 
 def _too_long(problems: Problems) -> str:
@@ -139,7 +139,9 @@ def parsed(text: str) -> Any:
             of thousands of digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except DataError:
+        raise
     except json.JSONDecodeError as error:
         made = DataError(f"not JSON: {error.msg} at column {error.colno}")
         made.line = error.lineno
@@ -148,6 +150,15 @@ def parsed(text: str) -> Any:
         raise DataError("JSON that is too deeply nested to be read") from None
     except ValueError:  # int() of many digits: it takes time as their square
         raise DataError("JSON with a number of thousands of digits, which is not read") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"the key {twice[:60]!r} is there twice; leave one out")
+    return made
 
 
 def document(path: str) -> Any:
@@ -170,7 +181,7 @@ def document(path: str) -> Any:
             "iconv -f latin1 -t utf-8"
         ) from None
     if not text.strip():
-        raise DataError(f"{path}: empty file")
+        raise DataError(f"{path}: empty file; leave it out")
     try:
         return parsed(text)
     except DataError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -82,11 +81,7 @@ def language_weights(batch: BatchConfig, store: Store) -> np.ndarray:
     for code, weight in batch.language_weights.items():
         language = normalise(code)
         if language not in store.languages:
-            near = difflib.get_close_matches(language, store.languages, 1, 0.1)
-            raise DataError(
-                f"batch.language_weights: the data has no {code}; did you mean {(near or store.languages)[0]}? It has "
-                f"{', '.join(store.languages)}"
-            )
+            raise DataError(f"batch.language_weights: the data has no {code}; it has {', '.join(store.languages)}")
         weights[store.languages.index(language)] = weight
     if not weights.any():
         raise DataError("batch.language_weights: every language has weight 0; leave at least one")

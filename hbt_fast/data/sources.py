@@ -16,7 +16,17 @@ from typing import Literal
 
 from hbt_fast.base.ranges import NAME, PATH, one_of, ranges, real, whole
 from hbt_fast.data.languages import LANGUAGE, normalise
-from hbt_fast.data.problems import ALONE, EMPTY, LONGEST_LINE, LONGEST_TEXT, MALFORMED, UNWANTED, Problems, Tally
+from hbt_fast.data.problems import (
+    ALONE,
+    EMPTY,
+    LONGEST_LINE,
+    LONGEST_TEXT,
+    MALFORMED,
+    UNWANTED,
+    VARIANT,
+    Problems,
+    Tally,
+)
 from hbt_fast.data.reading import half_pair
 from hbt_fast.data.rows import DataError, Row
 
@@ -127,7 +137,7 @@ def read_source(
 def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -> Iterator[Row]:
     tally = problems.tally
     for row in rows:
-        lost: dict[str, str] = {}  # language -> why a text in it is left out
+        lost: dict[tuple[str, str], None] = {}  # an ordered set of language, why a text in it is left out
         wrong: dict[str, None] = {}  # an ordered set
         queries = _texts(row.queries, wanted, problems, lost, wrong)
         passages = queries
@@ -137,9 +147,10 @@ def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -
         for reason in wrong:
             problems.note(row.where, reason)
         there = queries.keys() | passages.keys()
-        tally.row(there | lost.keys())
-        for language in lost.keys() - there:
-            tally.languages[language][lost[language]] += 1
+        tally.row(there | {language for language, _ in lost})
+        for language, reason in lost:
+            if reason == VARIANT or language not in there:
+                tally.languages[language][reason] += 1
         if not queries or not passages:
             tally.lose(MALFORMED if wrong else UNWANTED if lost else EMPTY, there)
         elif len(queries) == len(passages) == 1 and queries == passages:
@@ -149,7 +160,11 @@ def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -
 
 
 def _texts(
-    texts: dict[str, str], wanted: set[str] | None, problems: Problems, lost: dict[str, str], wrong: dict[str, None]
+    texts: dict[str, str],
+    wanted: set[str] | None,
+    problems: Problems,
+    lost: dict[tuple[str, str], None],
+    wrong: dict[str, None],
 ) -> dict[str, str]:
     """The wanted texts by short language code; why others are `lost`, and what is `wrong` with those of them."""
     kept: dict[str, str] = {}
@@ -160,14 +175,16 @@ def _texts(
             wrong[str(error)] = None
             continue
         if wanted is not None and language not in wanted:
-            lost[language] = UNWANTED
+            lost[language, UNWANTED] = None
             continue
         text = unicodedata.normalize("NFC", text).strip()
         if reason := _unusable(text, code, problems.longest_text):
-            lost[language] = MALFORMED
+            lost[language, MALFORMED] = None
             wrong[reason] = None
+        elif language in kept:
+            lost[language, VARIANT] = None
         else:
-            kept.setdefault(language, text)  # of two variants of a language (zh-CN, zh-TW) the first is taken
+            kept[language] = text
     return kept
 
 
@@ -261,7 +278,7 @@ def expand(path: str) -> list[str]:
         raise DataError(f"{local}: no file can be named so ({error})") from None
     if not found:
         names = [p.name for p in here.parent.iterdir()] if here.parent.is_dir() else []
-        near = difflib.get_close_matches(here.name, names, 3, 0.4)
+        near = difflib.get_close_matches(here.name, names, 3, 0.5)
         hint = f"; in that folder there are {', '.join(near)}" if near else ""
         hint = hint or ("" if here.parent.is_dir() else f"; there is no folder {here.parent}")
         raise DataError(f"{local}: no such file{hint}")

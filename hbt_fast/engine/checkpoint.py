@@ -11,6 +11,7 @@ leaves the earlier ones as they were. There are no random states to keep: batche
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shutil
@@ -155,6 +156,12 @@ def load_checkpoint(
     state = _verified_state(folder)
     before, now = state["identity"], json.loads(json.dumps(identity or {}))
     free = may_change(before, state["step"])
+    if unknown := sorted(set(free) - before.keys() - now.keys() - {"train.steps"}):
+        near = difflib.get_close_matches(unknown[0], before, 1)
+        raise CheckpointError(
+            f"train.resume_changed has {unknown[0]}, in which no run can change"
+            + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(before))}")
+        )
     names = [name for name, value in now.items() if differences(before, {name: value}, "{}{}")]
     changed = {name: differences(before, {name: now[name]}, "was {}, is {}") for name in names}
     if refused := [name for name in names if name not in free]:

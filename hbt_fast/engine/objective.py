@@ -122,7 +122,7 @@ def check_loss(settings: LossConfig, dimension: int) -> None:
     for m in settings.matryoshka_dimensions:
         if not 0 < m < dimension:
             raise SettingError(
-                f"loss.matryoshka_dimensions has {m}; write numbers from 1 to {dimension - 1}, as [64, 32]"
+                f"loss.matryoshka_dimensions has {m}; write numbers from 1 to {dimension - 1}, as [{dimension // 2}]"
             )
 
 

@@ -11,18 +11,21 @@ Or, where passages answer several questions, or none, lines of both kinds in any
     {"query": "Who wrote Faust?", "id": "q1", "language": "en", "relevant": {"p1": 2, "p7": 1}}
 
 Questions of one id are translations of each other. Gains (graded relevance) of 0 and below are not relevant.
-"query_language" and "passage_language" go before "language", as in training data.
+"query_language" and "passage_language" go before "language", as in training data. Languages are codes of ISO 639 or
+BCP 47, of which case and spelling do not count: "EN" and "eng" are "en".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hbt_fast.data.formats import read_jsonl
+from hbt_fast.data.languages import standard
 from hbt_fast.data.problems import Strict
 from hbt_fast.data.reading import described, records, refuse_half_pairs
 from hbt_fast.data.rows import DataError, Row
@@ -52,14 +55,14 @@ def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | 
         DataError: names file and line, or the languages that there are.
     """
     files = expand(str(path))
+    languages = None if languages is None else [standard(code) for code in languages]
     name = name or Path(str(path).partition("::")[0]).resolve().name
     first = next(records(files[0], Strict()), ("", {}))[1]
     if isinstance(first.get("query"), dict):
         rows = list(read_jsonl(Source(path=str(path), format="jsonl"), Strict()))
-        for row in rows:
+        for n, row in enumerate(rows):
             refuse_half_pairs([row.queries, row.passages], row.where)
-            if not all(code.strip() for code in (*row.queries, *row.passages)):
-                raise DataError(f"{row.where}: a text is of the language ''; write its code, as 'en'")
+            rows[n] = replace(row, queries=_by_code(row.queries, row.where), passages=_by_code(row.passages, row.where))
         _check_languages(path, languages, {code for row in rows for code in (*row.queries, *row.passages)})
         return task_from_rows(name, _in_languages(rows, languages))
     here = Path(path).expanduser()
@@ -69,6 +72,23 @@ def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | 
     there = {language for _, language in passages.values()} | {query.language for query in queries}
     _check_languages(path, languages, there)
     return _task(name, passages, queries, languages)
+
+
+def _by_code(texts: dict[str, str], where: str) -> dict[str, str]:
+    """Texts by standard code."""
+    made = {}
+    for code, text in texts.items():
+        language = _code(code, where)
+        if made.setdefault(language, text) != text:
+            raise DataError(f"{where}: two texts of language {language!r}; leave one out")
+    return made
+
+
+def _code(code: str, where: str) -> str:
+    try:
+        return standard(code)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _check_languages(path: str | Path, languages: Sequence[str] | None, there: Iterable[str]) -> None:
@@ -99,6 +119,7 @@ def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[st
                 f"{', '.join(record) or 'none'}"
             )
         for kind in there:
+            codes[kind] = UNKNOWN if codes[kind] == UNKNOWN else _code(codes[kind], where)
             refuse_empty(record[kind], codes[kind], where)
         key, language = record.get("id"), codes.get("query")
         if there == ["passage"]:
@@ -140,7 +161,7 @@ def _task(
     for query in queries:
         unknown = [key for key in query.gains if key not in passages]
         if unknown:
-            raise DataError(f"{query.where}: no passage has the id {unknown[0]!r}")
+            raise DataError(f"{query.where}: no passage has the id {unknown[0]!r}; add it, or leave it out of relevant")
     keys = [key for key, (_, language) in passages.items() if languages is None or language in languages]
     index = {key: i for i, key in enumerate(keys)}
     wanted = [query for query in queries if languages is None or query.language in languages]

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from hbt_fast.data.languages import is_language, normalise
 from hbt_fast.data.rows import DataError
 
 KINDS = {
@@ -169,8 +170,17 @@ def chosen(folder: str | Path, found: Mapping[str, T], languages: Sequence[str] 
     """
     missing = [language for language in languages or () if language not in found]
     if missing:
-        raise DataError(f"{folder}: nothing for languages {', '.join(missing)}; there are {', '.join(sorted(found))}")
+        meant = [code for code in found if any(same_language(code, language) for language in missing)]
+        hint = f"; did you mean {', '.join(meant)}?" if meant else ""
+        raise DataError(
+            f"{folder}: nothing for languages {', '.join(missing)}; there are {', '.join(sorted(found))}{hint}"
+        )
     return {language: paths for language, paths in found.items() if languages is None or language in languages}
+
+
+def same_language(code: str, other: str) -> bool:
+    """Whether two codes are of one language, whatever their spelling and region."""
+    return is_language(code) and is_language(other) and normalise(code) == normalise(other)
 
 
 def of_split(paths: Sequence[Path], split: str | None, what: str, folder: Path) -> tuple[Path, str]:
