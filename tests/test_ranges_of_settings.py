@@ -3,8 +3,9 @@
 import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,6 +80,54 @@ def test_the_ends_of_a_range_are_in_it(name, rule, kind):
         assert rule.holds(value)
         said = refusal(check_config, put(Config(), name, value))  # it may not go with another setting
         assert not said.startswith(f"{name} is {value!r}; write {rule.write}")
+
+
+@pytest.mark.parametrize("name", setting_names(Config))
+def test_null_and_other_types_are_refused_where_the_type_does_not_allow_them(name):
+    hint = Config
+    for part in name.split("."):
+        hint = _hints(hint)[part]
+    wrong = [object(), *([] if type(None) in get_args(hint) else [None]), *([1, "true"] if hint is bool else [])]
+    for value in [*wrong, *([True, 1.0] if get_origin(hint) is Literal else [])]:  # True == 1, which is a zero_stage
+        with pytest.raises(UserError) as error:
+            check_config(put(Config(), name, value))
+        assert str(error.value).startswith(f"{name} is "), error.value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.steps", np.int64(7)),
+        ("train.learning_rate", np.float32(0.5)),
+        ("train.learning_rate", 1),
+        ("loss.matryoshka_dimensions", (32, 16)),
+        ("batch.language_weights", {"de": np.float64(2)}),
+    ],
+)
+def test_other_numbers_and_sequences_of_python_are_taken(name, value):
+    check_config(put(Config(), name, value))
+
+
+@pytest.mark.parametrize("word", ["null", "Null", "NULL", "~"])
+def test_a_null_that_became_a_text_is_refused_where_a_name_is_needed(word):
+    for name in ("train.run_dir", "eval.split", "model.path"):
+        assert refusal(check_config, put(Config(), name, word)).startswith(f"{name} is '{word}'; write a ")
+    check_config(put(Config(), "model.query_prompt", word))  # text like any other
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("x" * 10_000, f"'{'x' * 79}..."),
+        ([0] * 10_000, "[" + "0, " * 26 + "0..."),
+        (False, "false"),
+        (None, "null"),
+        ("\x1b\udc80", r"'\x1b\udc80'"),
+        ("für", "'für'"),
+    ],
+)
+def test_a_value_is_shown_as_it_is_written_and_in_short(value, shown):
+    assert refusal(check_config, put(Config(), "train.steps", value)).startswith(f"train.steps is {shown}; write a ")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
