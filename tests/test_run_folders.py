@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +151,60 @@ def test_many_steps_take_little_memory(tmp_path):
     tracemalloc.stop()
     assert found.drawn["drawn_until"] == found.done == len(found.steps) == 20_000
     assert peak / 20_000 < 150  # bytes per step; with a dictionary each it is over 1,000
+
+
+@pytest.mark.parametrize("mark", ["metrics.jsonl", "evaluation-before.json", "checkpoint-000003", "checkpoint-1000000"])
+def test_each_of_what_a_run_leaves_first_makes_a_folder_a_run(tmp_path, mark):
+    (tmp_path / "run").mkdir()
+    for name in (mark, "config.yaml"):
+        (tmp_path / "run" / name).touch()
+    folder = RunFolder(tmp_path / "run", False)
+    assert folder.take() == tmp_path / "run-1"
+    folder.release()
+    assert names(tmp_path / "run-1") == sorted([mark, "config.yaml"])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl.bak", "old-metrics.jsonl", "checkpoint-best", "checkpoint-3-old"])
+def test_names_like_those_of_a_run_make_no_run(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).touch()
+    with pytest.raises(SettingError, match=f"holds {name} and is no folder of a run"):
+        RunFolder(tmp_path / "run", False)
+    assert names(tmp_path) == ["run", f"run/{name}"]
+
+
+def test_the_folder_that_the_program_runs_in_is_known_by_any_name(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    (tmp_path / "here" / "metrics.jsonl").touch()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for path in (".", "..", "../../link", "../below"):
+        with pytest.raises(SettingError, match="which this program runs in"):
+            RunFolder(Path(path), False)
+
+
+def test_an_empty_folder_is_taken_as_it_is_and_no_earlier_run_is_written_over(tmp_path):
+    (tmp_path / "run").mkdir()
+    for aside in (None, tmp_path / "run-1", tmp_path / "run-3"):
+        if aside == tmp_path / "run-3":
+            (tmp_path / "run-2").touch()
+        folder = RunFolder(tmp_path / "run", False)
+        assert folder.take() == aside
+        folder.release()
+        (tmp_path / "run" / "metrics.jsonl").touch()
+
+
+def test_who_trains_is_said_whatever_an_earlier_process_left_in_the_lock(tmp_path):
+    lock = tmp_path / ".run.lock"
+    lock.write_text("x" * 500)
+    folder = RunFolder(tmp_path / "run", False)
+    assert json.loads(lock.read_text())["process"] == os.getpid()
+    for content, who in (
+        (lock.read_text(), f"process {os.getpid()} on"),
+        ('{"proc', "another process"),
+        ("[]", "another"),
+    ):
+        lock.write_text(content)
+        with pytest.raises(SettingError, match=f"in which {who}.* trains now"):
+            RunFolder(tmp_path / "run", False)
+    folder.release()
