@@ -82,6 +82,13 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     assert load("[no, on, yes, y, off, 1e-5, 2:30, 2020-01-01, true, False, 010, =]") == [
         "no", "on", "yes", "y", "off", 1e-5, "2:30", "2020-01-01", True, False, "010", "=",
     ]  # fmt: skip
+    assert load("[True, TRUE, false, FALSE, 0x1F, +7, 1_000, 1e5, .5, 1., 1.5E-3, -.inf, .Inf, ~, Null]") == [
+        True, True, False, False, 31, 7, 1000, 1e5, 0.5, 1.0, 1.5e-3, float("-inf"), float("inf"), None, None,
+    ]  # fmt: skip
+    assert repr(load("[.nan, .NaN, 1e, 0x, 1.2.3, inf, nan, 0o17, 1:30.5]")) == (
+        "[nan, nan, '1e', '0x', '1.2.3', 'inf', 'nan', '0o17', '1:30.5']"
+    )
+    assert load("{a: &a {x: 1}, b: &b {y: 2}, c: {<<: *a, <<: *b, x: 3}}")["c"] == {"x": 3, "y": 2}
     (tmp_path / "a.yaml").write_text(
         "data: {languages: [no, de], sources: [{files: {no: a.txt, de: b.txt}}, {path: x.jsonl, language: no}]}\n"
         "train: {learning_rate: 1e-5}\n"
