@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from yaml import YAMLError
 
 from hbt_fast.base.errors import UserError
-from hbt_fast.base.settings_files import load
+from hbt_fast.base.settings_files import _loader, load
 from hbt_fast.config import Config, TrainConfig, dump, parse
 from hbt_fast.engine.backends import SettingError, deepspeed_config
 from hbt_fast.engine.launch import start
@@ -100,6 +101,25 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     assert config.train.learning_rate == 1e-5
 
 
+def test_without_libyaml_settings_are_read_alike(monkeypatch):
+    monkeypatch.delattr("yaml.CSafeLoader", raising=False)
+    _loader.cache_clear()
+    try:
+        assert load("{a: [no, 1e-5, 0x1F, true], b: {c: null}}") == {"a": ["no", 1e-5, 31, True], "b": {"c": None}}
+        for text, message in (("{a: 1, a: 2}", "the key a is there twice"), ("[" * 900 + "]" * 900, "nested")):
+            with pytest.raises(YAMLError, match=message):
+                load(text)
+    finally:
+        _loader.cache_clear()
+
+
+def test_a_file_may_be_empty_have_a_byte_order_mark_and_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("", "# nothing\n", "train:\nmodel: {}\n", "\ufeffbatch: {size: 32}\n"):
+        (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+        assert parsed("--config", "~/a.yaml").batch.size == (32 if "size" in text else Config().batch.size)
+
+
 @pytest.mark.parametrize(
     ("given", "meant"), [("null", None), ("", ""), ("no", "no"), ("# ask: ", "# ask: "), ("&ask", "&ask")]
 )
@@ -118,6 +138,10 @@ def test_only_null_on_the_command_line_is_null(given, meant):
         ("train: 3", r"a.yaml: train is 3, and a group of settings; write train: \{run_dir: \.\.\.\}"),
         ("model: .nan", r"a.yaml: model is nan, and a group"),
         ("a: &a [*a]", r"a.yaml: not YAML of settings: more than"),
+        (
+            "a: &a [" + "x, " * 100 + "]\nb: &b [" + "*a, " * 100 + "]\nc: [" + "*b, " * 101 + "]",
+            r"a.yaml: not YAML of settings: more than 1,000,000 values",
+        ),
         ("a: " + "[" * 3000, r"a.yaml.*not YAML of settings"),
         ("a: " + "9" * 5000, r"a.yaml: not YAML of settings"),
         (b"\xff\xfe\x00a", r"a.yaml: not UTF-8"),
