@@ -30,6 +30,10 @@ from hbt_fast.evaluation.run import EvaluationError
         (MemoryError("a table of 3 GiB"), 2, "p: memory ran out: a table of 3 GiB\n"),
         (PermissionError(errno.EACCES, "Permission denied", "x/y"), 2, "p: x/y: Permission denied\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "p: No space left on device\n"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "p: Disk quota exceeded\n"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "p: Read-only file system\n"),
+        (OSError(errno.EIO, "Input/output error"), 2, "p: Input/output error\n"),
+        (MemoryError(), 2, "p: memory ran out\n"),
     ],
 )
 def test_what_ends_a_program_is_one_message_and_a_status(error, code, said, capsys):
