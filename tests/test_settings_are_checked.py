@@ -1,5 +1,7 @@
 """The command line: YAML, overrides in both spellings, and errors that name the nearest right setting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from yaml import YAMLError
@@ -31,6 +33,28 @@ def test_sources_on_the_command_line_replace_those_of_the_file(tmp_path):
     for spelled in (["data.sources=[{path: z.jsonl}]"], ["--data.sources", "[{path: z.jsonl}]"]):
         (source,) = parsed("--config", str(tmp_path / "a.yaml"), *spelled).data.sources
         assert (source.path, source.language, source.limit) == ("z.jsonl", None, None)
+
+
+def test_groups_that_say_nothing_are_none(tmp_path):
+    (tmp_path / "a.yaml").write_text("model:\ndata: {}\nbatch: {code_switch: null, size: 32}\nloss:\n  # later\n")
+    config = parsed("--config", str(tmp_path / "a.yaml"))
+    assert config == replace(Config(), batch=replace(Config().batch, size=32))
+
+
+def test_a_wrong_setting_is_said_to_be_of_the_file_that_has_it(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: many}\n")
+    (tmp_path / "b.yaml").write_text("train: {seed: x}\n")
+    right = tmp_path / "c.yaml"
+    right.write_text("train: {steps: 3}\n")
+    files = [f"--config={tmp_path / name}.yaml" for name in "abc"]
+    for arguments, said in (
+        ([files[0], files[2]], f"{tmp_path / 'a.yaml'}: train.steps is many; write"),
+        ([files[2], files[1]], f"{tmp_path / 'b.yaml'}: train.seed is x; write"),
+        ([files[2], "train.steps=many"], "train.steps is many; write"),
+    ):
+        with pytest.raises(UserError) as error:
+            parsed(*arguments)
+        assert str(error.value).startswith(said)
 
 
 def test_what_is_written_reads_back_equal(tmp_path):
@@ -121,7 +145,17 @@ def test_a_file_may_be_empty_have_a_byte_order_mark_and_lie_at_home(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("null", None), ("", ""), ("no", "no"), ("# ask: ", "# ask: "), ("&ask", "&ask")]
+    ("given", "meant"),
+    [
+        ("null", None),
+        ("Null", None),
+        ("NULL", None),
+        ("~", None),
+        ("", ""),
+        ("no", "no"),
+        ("# ask: ", "# ask: "),
+        ("&ask", "&ask"),
+    ],
 )
 def test_only_null_on_the_command_line_is_null(given, meant):
     assert parsed(f"model.query_prompt={given}").model.query_prompt == meant
