@@ -45,6 +45,20 @@ def test_what_ends_a_program_is_one_message_and_a_status(error, code, said, caps
     assert capsys.readouterr().err == said
 
 
+def test_output_that_nobody_reads_any_more_ends_the_program_as_the_signal_would(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    @program("p")
+    def main():
+        print("x", flush=True)
+
+    with monkeypatch.context() as patch, open(writer, "w") as stdout:
+        patch.setattr(sys, "stdout", stdout)
+        assert status(main) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
 def test_a_fault_of_ours_stays_a_traceback():
     for error in (ValueError("x"), KeyError("x"), OSError("no file is named")):
 
@@ -74,9 +88,10 @@ def test_files_are_there_whole_or_not_at_all_and_have_the_modes_of_the_umask(tmp
         with whole_folder(folder) as begun:
             (begun / "weights").touch(0o600)
             (begun / "inner").mkdir(0o700)
-        with pytest.raises(RuntimeError), whole_folder(folder) as begun:  # noqa: PT012
-            (begun / "weights").write_text("half")
-            raise RuntimeError
+        for error in (RuntimeError, KeyboardInterrupt):
+            with pytest.raises(error), whole_folder(folder) as begun:  # noqa: PT012
+                (begun / "weights").write_text("half")
+                raise error
         with whole_folder(tmp_path / "again") as begun:
             (begun / "old").touch()
         with whole_folder(tmp_path / "again") as begun:
@@ -97,6 +112,21 @@ def test_files_are_there_whole_or_not_at_all_and_have_the_modes_of_the_umask(tmp
     modes = [oct(p.stat().st_mode & 0o777) for p in (path, folder / "weights", folder, folder / "inner")]
     assert modes == ["0o640", "0o640", "0o750", "0o750"]
     settle(folder)
+
+
+def test_the_umask_is_known_and_stays_where_the_system_does_not_tell_it(monkeypatch, tmp_path):
+    def gone(*_, **__):
+        raise FileNotFoundError
+
+    before = os.umask(0o026)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.read_text", gone)
+            for name in ("a", "b"):
+                write_whole(tmp_path / name, "x")
+        assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "b")] == [0o640, 0o640]
+    finally:
+        assert os.umask(before) == 0o026
 
 
 def test_a_file_that_cannot_be_written_says_so_with_the_room_there_is(tmp_path):
