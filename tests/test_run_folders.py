@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,11 +131,48 @@ def test_a_run_that_goes_on_replaces_its_metrics_as_a_whole(tmp_path, monkeypatc
 def test_a_line_that_cannot_be_read_costs_that_line(tmp_path):
     good = {"kind": "mono", "loss": 1.0, "accuracy": 0.5, "seconds": 1, "waited": 0, "tokens": 3}
     lines = [json.dumps({"step": step, **good}) for step in range(4)]
-    damaged = ["[" * 100_000, "3", '{"step": 9, "loss": "x", "kind": "mono"}', '{"loss": 1}', "\x00\x00", lines[2][:20]]
+    more = ('{"loss": []}', '{"loss": ' + "9" * 400 + "}", '{"phases": 3}', '{"phases": {"data": "x"}}')
+    damaged = [json.dumps({"step": 9, **good} | json.loads(part)) for part in more]
+    damaged += ['{"step": 9, "loss": 1}', '{"step": 9.5, "kind": "mono"}', '{"step": "9", "kind": "mono"}']
+    damaged += [
+        "[" * 100_000,
+        "3",
+        '{"step": 9, "loss": "x", "kind": "mono"}',
+        '{"loss": 1}',
+        "\x00\x00",
+        lines[2][:20],
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], *damaged, *lines[1:]]))
     steps = read_metrics(tmp_path / "metrics.jsonl").steps
     assert steps.step.tolist() == [0, 1, 2, 3]
     assert steps["loss"].tolist() == [1.0] * 4
+
+
+def test_what_steps_lack_is_nan_and_no_time_and_the_order_of_lines_is_kept(tmp_path):
+    lines = [
+        {"step": 5, "kind": "mono", "loss": 1.0},
+        {"step": 6, "kind": "cross", "loss": 2.0, "tokens": 7, "phases": {"embed": 0.5}},
+        {"step": 7, "kind": "mono", "skipped": "NaN"},
+        {"step": 8, "kind": "mono", "loss": 3.0, "phases": {"data": 0.25}},
+        {"ended_early": "first", "after": 9},
+        {"ended_early": "second", "after": 9},
+        {"step": 2, "kind": "mono", "loss": 4.0, "phases": {"embed": 1.0, "data": 2.0}},
+        {"drawn_until": 5},
+        {"drawn_until": 9},
+        {"evaluation": "during training", "step": 20},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    steps = found.steps
+    assert (len(steps), steps.step.tolist(), steps.kinds) == (4, [5, 6, 8, 2], ["mono", "cross"])
+    assert steps.of_kind("mono").tolist() == [True, False, True, True]
+    np.testing.assert_array_equal(steps["tokens"], np.array([np.nan, 7, np.nan, np.nan], np.float32))
+    assert {name: spent.tolist() for name, spent in steps.phases.items()} == {
+        "embed": [0, 0.5, 0, 1],
+        "data": [0, 0, 0.25, 2],
+    }
+    assert (found.done, found.skipped, found.evaluations) == (9, [lines[2]], [lines[-1]])
+    assert (found.ended_early["ended_early"], found.drawn) == ("first", {"drawn_until": 9})
 
 
 def test_many_steps_take_little_memory(tmp_path):
