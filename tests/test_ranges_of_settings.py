@@ -15,7 +15,7 @@ from hbt_fast.base.errors import UserError
 from hbt_fast.base.ranges import _hints, _kinds
 from hbt_fast.base.settings_files import read
 from hbt_fast.config import Config, dump, parse
-from hbt_fast.data.sources import Source
+from hbt_fast.data.sources import Format, Source
 from hbt_fast.settings import check_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -145,7 +145,15 @@ def test_the_recipes_are_in_range(path):
             ["loss.learn_temperature=true", "loss.temperature=0.001"],
             r"max_scale is 100, below 1/loss.temperature, 1000",
         ),
+        (
+            ["loss.learn_temperature=true", "loss.temperature=0.0099"],
+            r"max_scale is 100, below 1/loss.temperature, 101",
+        ),
         (["batch.strategy=code-switched"], r"batch.code_switch.lexicons names no dictionary"),
+        (
+            ["batch.code_switch={lexicons: [x], queries: false, passages: false}"],
+            r"batch.code_switch: queries and passages are both false",
+        ),
         (["train.zero_stage=2", "train.engine=torch"], r"train.zero_stage is 2, which needs"),
         (["train.deepspeed=none.json"], r"train.deepspeed is 'none.json', and there is no such file"),
         (["eval.task=beir"], r"eval.task is beir, but eval.data is not set"),
@@ -170,6 +178,44 @@ def test_the_recipes_are_in_range(path):
 def test_settings_that_do_not_go_together_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         parse("p", "d", arguments)
+
+
+SET = {
+    "bitext": True, "passage": "paragraph", "pair": "next", "columns": ["a"], "documents": "d", "split": "dev",
+    "config": "c", "path": "p", "files": {"de": "f"}, "exclude_paragraphs_of": ["e"],
+}  # fmt: skip
+HEEDED = {
+    "auto": SET.keys() - {"split", "config"},
+    "squad": {"passage", "path", "files", "exclude_paragraphs_of"},
+    "jsonl": {"bitext", "passage", "path", "files"},
+    "tsv": {"bitext", "columns", "path"},
+    "tmx": {"bitext", "path", "files"},
+    "lines": {"pair", "documents", "path", "files"},
+    "hf": {"bitext", "split", "config", "path"},
+    "cldr": set(),
+}
+
+
+@pytest.mark.parametrize("kind", get_args(Format))
+def test_what_a_format_has_no_use_for_is_refused(kind):
+    for name, value in SET.items():
+        place = {} if kind == "cldr" or name == "files" else {"path": "p"}
+        said = refusal(check_config, put(Config(), "data.sources", [Source(format=kind, **place | {name: value})]))
+        message = f"data.sources[0].{name} is set, which format {kind} has no use for; "
+        assert said.startswith(message) if name not in HEEDED[kind] else said == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loss.temperature=0.001"],  # it is not learned
+        ["loss.learn_temperature=true", "loss.temperature=0.01"],  # 1/0.01 is max_scale
+        ["model.path=x", "model.scratch.heads=5", "loss.matryoshka_dimensions=[500]"],  # its shape is not used
+        ["batch.code_switch.languages=[de]"],
+    ],
+)
+def test_settings_that_go_together_are_taken(arguments):
+    assert refusal(parse, "p", "d", arguments) == ""
 
 
 def test_no_setting_is_null_that_cannot_be():
