@@ -10,7 +10,7 @@ import pytest
 from programs import status
 
 from hbt_fast.base.errors import FileError, StoppedError, UserError
-from hbt_fast.base.files import replacing, settle, whole_folder, write_whole
+from hbt_fast.base.files import replacing, settle, whole_folder, write_whole, writing
 from hbt_fast.base.programs import program
 from hbt_fast.data.rows import DataError
 from hbt_fast.encoder import EncoderError
@@ -129,11 +129,19 @@ def test_the_umask_is_known_and_stays_where_the_system_does_not_tell_it(monkeypa
         assert os.umask(before) == 0o026
 
 
-def test_a_file_that_cannot_be_written_says_so_with_the_room_there_is(tmp_path):
+def test_a_file_that_cannot_be_written_says_so_with_the_room_there_is(tmp_path, monkeypatch):
+    def unknown(path):
+        raise OSError
+
     with pytest.raises(
         FileError, match=r"gone/a could not be written: No such file or directory \(.* MiB free\); make"
     ):
         write_whole(tmp_path / "gone" / "a", "x")
+    monkeypatch.setattr("shutil.disk_usage", unknown)
+    with pytest.raises(FileError, match=r"a could not be written: No such file or directory; make room"):
+        write_whole(tmp_path / "gone" / "a", "x")
+    with pytest.raises(FileError, match=r"^it says more$"), writing(tmp_path):
+        raise FileError("it says more")
     (tmp_path / "file").touch()
     with (
         pytest.raises(FileError, match=r"file/model could not be written: "),
