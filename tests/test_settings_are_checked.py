@@ -48,6 +48,7 @@ def test_a_wrong_setting_is_said_to_be_of_the_file_that_has_it(tmp_path):
     right.write_text("train: {steps: 3}\n")
     files = [f"--config={tmp_path / name}.yaml" for name in "abc"]
     for arguments, said in (
+        (files[:2], f"{tmp_path / 'a.yaml'}: train.steps is many; write"),
         ([files[0], files[2]], f"{tmp_path / 'a.yaml'}: train.steps is many; write"),
         ([files[2], files[1]], f"{tmp_path / 'b.yaml'}: train.seed is x; write"),
         ([files[2], "train.steps=many"], "train.steps is many; write"),
