@@ -272,19 +272,19 @@ def test_arrays_that_are_no_measures_of_queries_are_refused(tmp_path, changed, m
 
 
 @pytest.mark.parametrize(
-    "header",
+    ("header", "message"),
     [
-        "{'descr': '<f8', 'fortran_order': False, 'shape': (9999999999,)}",  # more than there is
-        "{'descr': '<f8', 'fortran_order': False, 'shape': (2,",
-        "{'descr': '<q9', 'fortran_order': False, 'shape': (2,)}",
-        "3",
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (9999999999,)}", "task.npy is cut short"),
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (2,", ""),
+        ("{'descr': '<q9', 'fortran_order': False, 'shape': (2,)}", ""),
+        ("3", ""),
     ],
 )
-def test_headers_of_arrays_that_say_anything_are_refused(tmp_path, header):
+def test_headers_of_arrays_that_say_anything_are_refused(tmp_path, header, message):
     raw = header.encode() + b"\n"
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("task.npy", b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw + bytes(16))
-    with pytest.raises(DataError, match=r"x.npz: not a .queries.npz file"):
+    with pytest.raises(DataError, match=rf"x.npz: not a .queries.npz file of hbt_fast.evaluate \({message}"):
         PerQuery.read(tmp_path / "x.npz")
 
 
