@@ -85,7 +85,7 @@ def test_columns_of_one_name_are_refused(tmp_path):
         ({"qas": [3]}, "paragraph 0: its 'qas' must be objects"),
         *(
             ({"sentence_breaks": breaks}, r"paragraph 0: its 'sentence_breaks' must be a list of \[begin, end\]")
-            for breaks in ("ab", {"a": 1}, [[0, 1, 2]], ["ab"], [[0, "1"]], [[0, None]], 3)
+            for breaks in ("ab", {"a": 1}, [3], [[0, 1, 2]], ["ab"], [[0, "1"]], [[0, None]], 3)
         ),
     ],
 )

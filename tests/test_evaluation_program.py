@@ -106,6 +106,7 @@ def test_results_survive_json(results):
         ("cutoffs", {"own": {"ndcg@10": "x"}}),
         ("cutoffs", []),
         ("group_languages", {"low": [3]}),
+        ("settings", {"max_length": [8]}),
         ("unheard-of", 3),
     ],
 )
