@@ -61,6 +61,41 @@ def test_a_wrong_encoding_is_named_with_line_and_byte(tmp_path):
         read(Source(path=str(path), language="de"))
 
 
+def test_marks_and_line_ends_are_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfquery\tpassage\tlanguage\r\nWhere?\tHere.\ten\r\n")
+    (row,) = read(Source(path=str(tmp_path / "a.tsv")))
+    assert (row.queries, row.passages) == ({"en": "Where?"}, {"en": "Here."})
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"data": []}')
+    assert read(Source(path=str(tmp_path / "a.json"), language="en")) == []
+    (tmp_path / "b.json").write_bytes(b'{"data":\n [\n"f\xfcr"]}')
+    with pytest.raises(DataError, match=r"b.json:3: not UTF-8 \(byte 14 is 0xfc\)"):
+        read(Source(path=str(tmp_path / "b.json"), language="en"))
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"a.tsv:1: two columns are called 'query'"):
+        read(Source(path=write(tmp_path / "a.tsv", "query\tpassage\tquery", "a\tb\tc"), language="en"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"context": None}, "paragraph 0: needs a text 'context' and a list 'qas'; it has context, qas"),
+        ({"qas": {}}, "paragraph 0: needs a text 'context' and a list 'qas'"),
+        ({"qas": [3]}, "paragraph 0: its 'qas' must be objects"),
+        *(
+            ({"sentence_breaks": breaks}, r"paragraph 0: its 'sentence_breaks' must be a list of \[begin, end\]")
+            for breaks in ("ab", {"a": 1}, [3], [[0, 1, 2]], ["ab"], [[0, "1"]], [[0, None]], 3)
+        ),
+    ],
+)
+def test_a_paragraph_that_is_none_of_squad_is_named(tmp_path, changed, message):
+    paragraph = {"context": "A. B.", "qas": [{"id": "1", "question": "q?", "answers": [{"answer_start": 0}]}]}
+    path = write(tmp_path / "a.json", {"data": [{"title": "t", "paragraphs": [paragraph | changed]}]})
+    with pytest.raises(DataError, match=rf"a.json: article t, {message}"):
+        read(Source(path=path, language="en"))
+
+
 def test_a_missing_file_names_its_neighbours(tmp_path):
     write(tmp_path / "train.jsonl", GOOD)
     with pytest.raises(DataError, match=r"trian.jsonl: no such file; in that folder there are train.jsonl"):

@@ -146,6 +146,15 @@ def test_mr_tydi(tmp_path, ir_format):
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d2"', r"corpus\.jsonl:2: not JSON"),
         ("corpus.jsonl", '{"_id": "d1", "body": "a"}\n', r"corpus.*:1: an \"_id\" and a .* _id, body"),
         ("corpus.jsonl", '{"_id": "d1", "text": null}\n', r"corpus\.jsonl:1: an"),
+        *(
+            ("corpus.jsonl", f'{{"_id": "d1", "text": "a"}}\n{{{cut}}}\n', r"corpus\.jsonl:2: .* half of a surrogate")
+            for cut in (
+                r'"_id": "d2", "text": "cut \ud83d"',
+                r'"_id": "d2", "text": "\ude00 cut"',
+                r'"_id": "\ud83d", "text": "a"',
+                r'"_id": "d2", "title": "cut \ud83d", "text": "a"',
+            )
+        ),
         ("corpus.jsonl", "", r"corpus\.jsonl: empty file"),
         ("corpus.jsonl", "\n", r"corpus\.jsonl: nothing in it"),
         ("queries.jsonl", '{"_id": "1", "text": "a"}\n{"_id": "1", "text": "b"}\n', r":2: id '1' occurs twice"),

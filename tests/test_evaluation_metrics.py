@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
+from hbt_fast.data.rows import DataError
 from hbt_fast.evaluation import metrics
 from hbt_fast.evaluation.queries import PerQuery
 from hbt_fast.evaluation.ranks import exact_ranks, pool_ranks
@@ -244,6 +246,46 @@ def test_measures_of_queries_survive_their_file(tmp_path):
         ["mo", "ndcg@10"],
     )
     assert np.array_equal(again.measures["mo"], table.measures["mo"], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"task": np.array(3)}, "no text array 'task'"),
+        ({"task": np.array(["t"])}, "no text array 'task'"),
+        ({"ids": np.array("a")}, "no text array 'ids'"),
+        ({"ids": np.array([["a", "b"]])}, "no text array 'ids'"),
+        ({"languages": np.array([b"en", b"de"])}, "no text array 'languages'"),
+        ({"languages": np.array(["en"])}, "x.npz: "),
+        ({"mo": np.ones(3)}, "x.npz: "),
+        ({"mo": np.ones((2, 2))}, "x.npz: "),
+        ({"mo": np.array(["x", "y"])}, "x.npz: "),
+    ],
+)
+def test_arrays_that_are_no_measures_of_queries_are_refused(tmp_path, changed, message):
+    arrays = {"task": np.array("t"), "ids": np.array(["a", "b"]), "languages": np.array(["en", "de"]), "mo": np.ones(2)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert PerQuery.read(tmp_path / "x.npz").ids == ["a", "b"]
+    np.savez(tmp_path / "x.npz", **arrays | changed)
+    with pytest.raises(DataError, match=message):
+        PerQuery.read(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (9999999999,)}", "task.npy is cut short"),
+        ("{'descr': '<f8', 'fortran_order': False, 'shape': (2,", ""),
+        ("{'descr': '<q9', 'fortran_order': False, 'shape': (2,)}", ""),
+        ("3", ""),
+    ],
+)
+def test_headers_of_arrays_that_say_anything_are_refused(tmp_path, header, message):
+    raw = header.encode() + b"\n"
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("task.npy", b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw + bytes(16))
+    with pytest.raises(DataError, match=rf"x.npz: not a .queries.npz file of hbt_fast.evaluate \({message}"):
+        PerQuery.read(tmp_path / "x.npz")
 
 
 def test_other_files_are_refused_and_nothing_is_unpickled(tmp_path):

@@ -87,6 +87,40 @@ def test_results_survive_json(results):
         Results.from_json('{"loss": 1}')
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("task", 3),
+        ("languages", "de"),
+        ("languages", ["de", 3]),
+        ("queries", 4.5),
+        ("queries", "4"),
+        ("mo", "0.5"),
+        pytest.param("mo", 10**400, id="mo-large"),
+        ("mo", [0.5]),
+        ("matrix", [[0.5, "x"], [0.5, 0.5]]),
+        ("matrix", [[0.5], [0.5, 0.5]]),
+        ("mul_by_language", [0.5]),
+        ("by_language", {"mo": [0.5]}),
+        ("by_language", {"mo": {"de": 0.5}}),
+        ("cutoffs", {"own": {"ndcg@10": "x"}}),
+        ("cutoffs", []),
+        ("group_languages", {"low": [3]}),
+        ("settings", {"max_length": [8]}),
+        ("unheard-of", 3),
+    ],
+)
+def test_results_of_another_form_are_refused(results, name, value):
+    whole = json.loads(results.to_json())
+    with pytest.raises(ValueError, match=rf"{name}|differ in length"):
+        Results.from_json(json.dumps({**whole, name: value}))
+
+
+def test_results_nested_too_deeply_are_refused():
+    with pytest.raises(ValueError, match="not a result file"):
+        Results.from_json("[" * 100_000)
+
+
 @pytest.mark.parametrize("with_before", [False, True])
 def test_report_writes_three_files(results, tmp_path, with_before):
     before = replace(results, mo=0.125) if with_before else None

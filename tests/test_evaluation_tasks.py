@@ -127,6 +127,9 @@ def test_rows_become_a_task_with_parallel_answers():
         (lambda p: p["sentences"].__setitem__(1, None), r"paragraph 0, sentence 1: a text and its \[begin, end\]"),
         (lambda p: p["sentence_breaks"].__setitem__(2, [1]), r"paragraph 0, sentence 2: a text and its \[begin, end\]"),
         (lambda p: p["sentence_breaks"].__setitem__(2, ["1", 2]), r"paragraph 0, sentence 2: a text and its"),
+        (lambda p: p["sentences"].__setitem__(1, "cut \ud83d"), r"paragraph 0: .* holds half of a surrogate pair"),
+        (lambda p: p["qas"][0].update(question="\ude00"), r"paragraph 0: .* holds half of a surrogate pair"),
+        (lambda p: p["qas"][1].update({"\ud83d": 1}), r"paragraph 0: .* holds half of a surrogate pair"),
     ],
 )
 def test_bad_files_are_named(tmp_path, break_it, message):

@@ -2,13 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from programs import status
 from safetensors.torch import load_file
 
+from hbt_fast.base.command_line import setting_names
+from hbt_fast.config import Config, TrainConfig
+from hbt_fast.data.shares import BatchConfig
+from hbt_fast.encoder import Encoder
+from hbt_fast.encoder.export import export
 from hbt_fast.engine.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
+from hbt_fast.engine.identity import may_change, run_identity
 from hbt_fast.engine.metrics import read_records
 from hbt_fast.train import main
 
@@ -151,3 +159,70 @@ def test_an_update_that_breaks_a_weight_ends_the_run_and_is_kept_nowhere(whole, 
     assert "step 0: its update made weights that are NaN, infinite or beyond 1e18" in capsys.readouterr().err
     assert not list((tmp_path / "broken").glob("*checkpoint-*"))
     assert not (tmp_path / "broken" / "model").exists()
+
+
+MAY_CHANGE = {  # what changes speed, memory, places or what is said
+    "model.path", "model.gradient_checkpointing", "model.compile", "loss.backend", "train.run_dir", "train.resume",
+    "train.resume_changed", "train.micro_batch_tokens", "train.keep_gib", "train.engine", "train.zero_stage",
+    "train.deepspeed", "train.log_every", "train.track", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.max_skipped_steps", "train.timeout_minutes", "train.hang_minutes",
+}  # fmt: skip
+PLANNER = SimpleNamespace(store=SimpleNamespace(identity={}))
+
+
+def with_another(settings, name):
+    first, _, rest = name.partition(".")
+    return replace(settings, **{first: with_another(getattr(settings, first), rest) if rest else "another"})
+
+
+def identity(encoder, config=Config(), frozen=None):  # noqa: B008
+    return run_identity(config, PLANNER, None, SimpleNamespace(queries=encoder, frozen=lambda: frozen or {}))
+
+
+def test_every_setting_is_the_runs_or_may_change(make_encoder):
+    encoder = make_encoder()
+    elsewhere = ("data.", "eval.", "model.scratch.")  # in the store, in no training, in the architecture
+    names = [name for name in setting_names(Config) if not name.startswith(elsewhere)]
+    same = {name for name in names if identity(encoder, with_another(Config(), name)) == identity(encoder)}
+    assert same == MAY_CHANGE
+
+
+def test_a_run_is_its_weights_and_shape_wherever_they_lie(make_encoder, tmp_path, monkeypatch):
+    folders = [export(make_encoder(), tmp_path / name) for name in ("one", "other")]
+    path = folders[1] / "config.json"
+    described = json.loads(path.read_text()) | {"architectures": ["AnotherModel"], "dtype": "float16"}
+    path.write_text(json.dumps(described))
+    one, other = map(Encoder.from_pretrained, folders)
+    before = identity(one)
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "4.0.0")
+    assert identity(other) == before
+    other.dense = torch.nn.Linear(32, 16)
+    others = [
+        identity(other),
+        identity(one, frozen={"a": torch.zeros(3)}),
+        identity(one, frozen={"a": torch.ones(3)}),
+        identity(Encoder.from_pretrained(folders[0], pooling="cls")),
+        identity(make_encoder(hidden=48)),
+    ]
+    assert len({json.dumps(found, sort_keys=True) for found in (identity(one), *others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "done", "free"),
+    [
+        ({}, {}, 10, True),
+        ({}, {}, 9, False),  # of what was a warm-up
+        ({"warmup": 0.2}, {}, 10, False),
+        ({}, {"warmup": 0.2}, 10, False),
+        ({}, {"steps": 200}, 10, False),  # of what is one now
+        ({}, {"schedule": "linear"}, 50, False),
+        ({"schedule": "linear"}, {}, 50, False),
+        ({"schedule": "linear"}, {"schedule": "linear"}, 50, False),
+    ],
+)
+@pytest.mark.parametrize("alpha_end", [None, 0.5])
+def test_only_past_the_warm_up_of_a_constant_rate_are_more_steps_no_change(before, now, done, free, alpha_end):
+    plain = {"steps": 100, "warmup": 0.1, "schedule": "constant_with_warmup"}
+    config = Config(train=TrainConfig(**plain | now), batch=BatchConfig(alpha_end=alpha_end))
+    names = may_change(config)({f"train.{name}": value for name, value in (plain | before).items()}, done)
+    assert names == ({"train.steps"} if free and alpha_end is None else set())

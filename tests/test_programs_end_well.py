@@ -10,7 +10,7 @@ import pytest
 from programs import status
 
 from hbt_fast.base.errors import FileError, StoppedError, UserError
-from hbt_fast.base.files import replacing, settle, whole_folder, write_whole
+from hbt_fast.base.files import replacing, settle, whole_folder, write_whole, writing
 from hbt_fast.base.programs import program
 from hbt_fast.data.rows import DataError
 from hbt_fast.encoder import EncoderError
@@ -30,6 +30,10 @@ from hbt_fast.evaluation.run import EvaluationError
         (MemoryError("a table of 3 GiB"), 2, "p: memory ran out: a table of 3 GiB\n"),
         (PermissionError(errno.EACCES, "Permission denied", "x/y"), 2, "p: x/y: Permission denied\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "p: No space left on device\n"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "p: Disk quota exceeded\n"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "p: Read-only file system\n"),
+        (OSError(errno.EIO, "Input/output error"), 2, "p: Input/output error\n"),
+        (MemoryError(), 2, "p: memory ran out\n"),
     ],
 )
 def test_what_ends_a_program_is_one_message_and_a_status(error, code, said, capsys):
@@ -39,6 +43,20 @@ def test_what_ends_a_program_is_one_message_and_a_status(error, code, said, caps
 
     assert status(main) == code
     assert capsys.readouterr().err == said
+
+
+def test_output_that_nobody_reads_any_more_ends_the_program_as_the_signal_would(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    @program("p")
+    def main():
+        print("x", flush=True)
+
+    with monkeypatch.context() as patch, open(writer, "w") as stdout:
+        patch.setattr(sys, "stdout", stdout)
+        assert status(main) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 def test_a_fault_of_ours_stays_a_traceback():
@@ -70,9 +88,10 @@ def test_files_are_there_whole_or_not_at_all_and_have_the_modes_of_the_umask(tmp
         with whole_folder(folder) as begun:
             (begun / "weights").touch(0o600)
             (begun / "inner").mkdir(0o700)
-        with pytest.raises(RuntimeError), whole_folder(folder) as begun:  # noqa: PT012
-            (begun / "weights").write_text("half")
-            raise RuntimeError
+        for error in (RuntimeError, KeyboardInterrupt):
+            with pytest.raises(error), whole_folder(folder) as begun:  # noqa: PT012
+                (begun / "weights").write_text("half")
+                raise error
         with whole_folder(tmp_path / "again") as begun:
             (begun / "old").touch()
         with whole_folder(tmp_path / "again") as begun:
@@ -95,11 +114,34 @@ def test_files_are_there_whole_or_not_at_all_and_have_the_modes_of_the_umask(tmp
     settle(folder)
 
 
-def test_a_file_that_cannot_be_written_says_so_with_the_room_there_is(tmp_path):
+def test_the_umask_is_known_and_stays_where_the_system_does_not_tell_it(monkeypatch, tmp_path):
+    def gone(*_, **__):
+        raise FileNotFoundError
+
+    before = os.umask(0o026)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.read_text", gone)
+            for name in ("a", "b"):
+                write_whole(tmp_path / name, "x")
+        assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "b")] == [0o640, 0o640]
+    finally:
+        assert os.umask(before) == 0o026
+
+
+def test_a_file_that_cannot_be_written_says_so_with_the_room_there_is(tmp_path, monkeypatch):
+    def unknown(path):
+        raise OSError
+
     with pytest.raises(
         FileError, match=r"gone/a could not be written: No such file or directory \(.* MiB free\); make"
     ):
         write_whole(tmp_path / "gone" / "a", "x")
+    monkeypatch.setattr("shutil.disk_usage", unknown)
+    with pytest.raises(FileError, match=r"a could not be written: No such file or directory; make room"):
+        write_whole(tmp_path / "gone" / "a", "x")
+    with pytest.raises(FileError, match=r"^it says more$"), writing(tmp_path):
+        raise FileError("it says more")
     (tmp_path / "file").touch()
     with (
         pytest.raises(FileError, match=r"file/model could not be written: "),

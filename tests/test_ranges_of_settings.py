@@ -3,8 +3,9 @@
 import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from hbt_fast.base.errors import UserError
 from hbt_fast.base.ranges import _hints, _kinds
 from hbt_fast.base.settings_files import read
 from hbt_fast.config import Config, dump, parse
-from hbt_fast.data.sources import Source
+from hbt_fast.data.sources import Format, Source
 from hbt_fast.settings import check_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -81,6 +82,54 @@ def test_the_ends_of_a_range_are_in_it(name, rule, kind):
         assert not said.startswith(f"{name} is {value!r}; write {rule.write}")
 
 
+@pytest.mark.parametrize("name", setting_names(Config))
+def test_null_and_other_types_are_refused_where_the_type_does_not_allow_them(name):
+    hint = Config
+    for part in name.split("."):
+        hint = _hints(hint)[part]
+    wrong = [object(), *([] if type(None) in get_args(hint) else [None]), *([1, "true"] if hint is bool else [])]
+    for value in [*wrong, *([True, 1.0] if get_origin(hint) is Literal else [])]:  # True == 1, which is a zero_stage
+        with pytest.raises(UserError) as error:
+            check_config(put(Config(), name, value))
+        assert str(error.value).startswith(f"{name} is "), error.value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.steps", np.int64(7)),
+        ("train.learning_rate", np.float32(0.5)),
+        ("train.learning_rate", 1),
+        ("loss.matryoshka_dimensions", (32, 16)),
+        ("batch.language_weights", {"de": np.float64(2)}),
+    ],
+)
+def test_other_numbers_and_sequences_of_python_are_taken(name, value):
+    check_config(put(Config(), name, value))
+
+
+@pytest.mark.parametrize("word", ["null", "Null", "NULL", "~"])
+def test_a_null_that_became_a_text_is_refused_where_a_name_is_needed(word):
+    for name in ("train.run_dir", "eval.split", "model.path"):
+        assert refusal(check_config, put(Config(), name, word)).startswith(f"{name} is '{word}'; write a ")
+    check_config(put(Config(), "model.query_prompt", word))  # text like any other
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("x" * 10_000, f"'{'x' * 79}..."),
+        ([0] * 10_000, "[" + "0, " * 26 + "0..."),
+        (False, "false"),
+        (None, "null"),
+        ("\x1b\udc80", r"'\x1b\udc80'"),
+        ("für", "'für'"),
+    ],
+)
+def test_a_value_is_shown_as_it_is_written_and_in_short(value, shown):
+    assert refusal(check_config, put(Config(), "train.steps", value)).startswith(f"train.steps is {shown}; write a ")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_recipes_are_in_range(path):
     config = parse("p", "d", ["--config", str(path)])
@@ -96,7 +145,15 @@ def test_the_recipes_are_in_range(path):
             ["loss.learn_temperature=true", "loss.temperature=0.001"],
             r"max_scale is 100, below 1/loss.temperature, 1000",
         ),
+        (
+            ["loss.learn_temperature=true", "loss.temperature=0.0099"],
+            r"max_scale is 100, below 1/loss.temperature, 101",
+        ),
         (["batch.strategy=code-switched"], r"batch.code_switch.lexicons names no dictionary"),
+        (
+            ["batch.code_switch={lexicons: [x], queries: false, passages: false}"],
+            r"batch.code_switch: queries and passages are both false",
+        ),
         (["train.zero_stage=2", "train.engine=torch"], r"train.zero_stage is 2, which needs"),
         (["train.deepspeed=none.json"], r"train.deepspeed is 'none.json', and there is no such file"),
         (["eval.task=beir"], r"eval.task is beir, but eval.data is not set"),
@@ -121,6 +178,44 @@ def test_the_recipes_are_in_range(path):
 def test_settings_that_do_not_go_together_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         parse("p", "d", arguments)
+
+
+SET = {
+    "bitext": True, "passage": "paragraph", "pair": "next", "columns": ["a"], "documents": "d", "split": "dev",
+    "config": "c", "path": "p", "files": {"de": "f"}, "exclude_paragraphs_of": ["e"],
+}  # fmt: skip
+HEEDED = {
+    "auto": SET.keys() - {"split", "config"},
+    "squad": {"passage", "path", "files", "exclude_paragraphs_of"},
+    "jsonl": {"bitext", "passage", "path", "files"},
+    "tsv": {"bitext", "columns", "path"},
+    "tmx": {"bitext", "path", "files"},
+    "lines": {"pair", "documents", "path", "files"},
+    "hf": {"bitext", "split", "config", "path"},
+    "cldr": set(),
+}
+
+
+@pytest.mark.parametrize("kind", get_args(Format))
+def test_what_a_format_has_no_use_for_is_refused(kind):
+    for name, value in SET.items():
+        place = {} if kind == "cldr" or name == "files" else {"path": "p"}
+        said = refusal(check_config, put(Config(), "data.sources", [Source(format=kind, **place | {name: value})]))
+        message = f"data.sources[0].{name} is set, which format {kind} has no use for; "
+        assert said.startswith(message) if name not in HEEDED[kind] else said == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loss.temperature=0.001"],  # it is not learned
+        ["loss.learn_temperature=true", "loss.temperature=0.01"],  # 1/0.01 is max_scale
+        ["model.path=x", "model.scratch.heads=5", "loss.matryoshka_dimensions=[500]"],  # its shape is not used
+        ["batch.code_switch.languages=[de]"],
+    ],
+)
+def test_settings_that_go_together_are_taken(arguments):
+    assert refusal(parse, "p", "d", arguments) == ""
 
 
 def test_no_setting_is_null_that_cannot_be():

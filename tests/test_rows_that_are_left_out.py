@@ -47,6 +47,9 @@ def read(path, on_error="skip", languages=None, **options):
         ({**GOOD, "negatives": {"en": 3}}, "'negatives' must be a text, a list of texts, .* it has the number 3"),
         ({**GOOD, "negatives": {"english": ["x"]}}, "'english' is not a language code"),
         ({**GOOD, "query": "cut \ud83d"}, "holds half of a surrogate pair; mend it"),
+        ({**GOOD, "query": "\ude00 cut"}, "holds half of a surrogate pair; mend it"),
+        ({**GOOD, "content": True}, "'content' is true; an id is needed"),
+        ({**GOOD, "content": float("inf")}, "'content' is .*inf.*; an id is needed"),
         ({**GOOD, "passage": "x" * 1001}, "a text of 1,001 characters .* data.longest_text is 1,000"),
         ('{"query": ' + "[" * 9_000, "JSON that is too deeply nested"),
         ('{"query": ' + "9" * 5000 + "}", "a number of thousands of digits"),
@@ -82,6 +85,7 @@ def test_a_line_that_is_not_text_is_a_bad_row_and_lines_stay_aligned(tmp_path):
     source = {"path": None, "files": {code: str(tmp_path / f"{code}.txt") for code in ("en", "de")}}
     rows, tally = read(None, source=source)
     assert [row.queries for row in rows] == [{"en": "one", "de": "eins"}, {"en": "three", "de": "drei"}]
+    assert (tally.read, tally.left_out) == (3, {"a text without its translation": 1})
     assert tally.skipped[0].startswith(f"{tmp_path / 'de.txt'}:2: not UTF-8 (byte 1 of the line is 0xfc)")
     with pytest.raises(DataError, match=r"de.txt:2: not UTF-8"):
         read(None, "raise", source=source)
@@ -126,6 +130,74 @@ def test_a_long_line_is_refused_in_bounded_memory(tmp_path):
     unit = "<tu><tuv xml:lang='en'><seg>" + "x" * 3_000_000
     with pytest.raises(DataError, match=r"a translation unit .* longer than 1,048,576 bytes \(data.longest_line\)"):
         read(write(tmp_path / "a.tmx", "<tmx><body>" + unit), longest_line=1 << 20)
+
+
+def test_a_line_and_a_translation_unit_may_be_as_long_as_the_limit(tmp_path):
+    line = write(tmp_path / "a.jsonl", GOOD)
+    length = len(json.dumps(GOOD))
+    (tmp_path / "b.jsonl").write_text(json.dumps(GOOD))  # without a line end
+    for path in (line, str(tmp_path / "b.jsonl")):
+        assert len(read(path, "raise", longest_line=length)[0]) == 1
+        with pytest.raises(DataError, match=f"longer than {length - 2} bytes"):
+            read(path, "raise", longest_line=length - 2)  # of an end two bytes may be
+    tmx = write(tmp_path / "a.tmx", "<tmx><body>", *[unit("en", "fr", text="x" * 70_000)] * 20, "</body></tmx>")
+    assert len(read(tmx, "raise", longest_line=400_000)[0]) == 20  # of more than a million bytes in all
+
+
+def test_what_is_read_of_tmx_is_forgotten(tmp_path):
+    path = write(tmp_path / "a.tmx", "<tmx><body>", *[unit("en", "fr", text="x" * 1000)] * 6000, "</body></tmx>")
+    list(zip(range(3), read_source(Source(path=path)), strict=False))  # imports
+    tracemalloc.start()
+    assert sum(1 for _ in read_source(Source(path=path))) == 6000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def unit(*languages, text="a"):
+    return "<tu>" + "".join(f"<tuv xml:lang='{code}'><seg>{code} {text}</seg></tuv>" for code in languages) + "</tu>"
+
+
+def test_lines_of_white_space_are_empty_rows_and_no_bad_ones(tmp_path):
+    files = {
+        "en": write(tmp_path / "en.txt", "one", " ", "three"),
+        "de": write(tmp_path / "de.txt", "eins", "\t", "drei"),
+    }
+    rows, tally = read(None, "raise", source={"files": files})
+    assert (len(rows), tally.left_out) == (2, {"an empty line": 1})
+
+
+def test_a_unit_in_one_language_is_a_bad_row(tmp_path):
+    path = write(tmp_path / "a.tmx", "<tmx><body>", unit("en"), unit("en", "de"), "</body></tmx>")
+    with pytest.raises(DataError, match=r"a.tmx: unit 1: fewer than two languages with a text"):
+        read(path, "raise")
+    assert len(read(path)[0]) == 1
+
+
+def test_what_a_reader_leaves_out_is_counted_by_short_language(tmp_path):
+    tally = Tally()
+    tally.leave_out("why", "eng-US", True)
+    tally.leave_out("why", "deu", False)
+    tally.leave_out("why", "english", True)
+    assert tally.plain() == {
+        "read": 2,
+        "left_out": {"why": 2},
+        "languages": {code: {"read": 1, "why": 1} for code in ("de", "en", "english")},
+    }
+    _, tally = read(write(tmp_path / "a.jsonl", "[]", "{}"))
+    assert str(tally).startswith("all 2 rows were malformed, the first: ")
+    assert tally.skipped[0] in str(tally)
+
+
+def test_fields_without_a_text_are_as_if_they_were_not_there(tmp_path):
+    bitext = {"en": "a", "de": "b", "fr": "", "it": None}
+    assert read(write(tmp_path / "a.jsonl", bitext), "raise", source={"bitext": True})[0][0].queries == {
+        "en": "a",
+        "de": "b",
+    }
+    path = write(tmp_path / "b.jsonl", {**GOOD, "language": "", "negatives": ""})
+    (row,) = read(path, "raise", source={"language": "de"})[0]
+    assert (row.queries, row.negatives) == ({"de": "Where?"}, {})
 
 
 def bare(words="qp"):

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,11 +132,48 @@ def test_a_run_that_goes_on_replaces_its_metrics_as_a_whole(tmp_path, monkeypatc
 def test_a_line_that_cannot_be_read_costs_that_line(tmp_path):
     good = {"kind": "mono", "loss": 1.0, "accuracy": 0.5, "seconds": 1, "waited": 0, "tokens": 3}
     lines = [json.dumps({"step": step, **good}) for step in range(4)]
-    damaged = ["[" * 100_000, "3", '{"step": 9, "loss": "x", "kind": "mono"}', '{"loss": 1}', "\x00\x00", lines[2][:20]]
+    more = ('{"loss": []}', '{"loss": ' + "9" * 400 + "}", '{"phases": 3}', '{"phases": {"data": "x"}}')
+    damaged = [json.dumps({"step": 9, **good} | json.loads(part)) for part in more]
+    damaged += ['{"step": 9, "loss": 1}', '{"step": 9.5, "kind": "mono"}', '{"step": "9", "kind": "mono"}']
+    damaged += [
+        "[" * 100_000,
+        "3",
+        '{"step": 9, "loss": "x", "kind": "mono"}',
+        '{"loss": 1}',
+        "\x00\x00",
+        lines[2][:20],
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], *damaged, *lines[1:]]))
     steps = read_metrics(tmp_path / "metrics.jsonl").steps
     assert steps.step.tolist() == [0, 1, 2, 3]
     assert steps["loss"].tolist() == [1.0] * 4
+
+
+def test_what_steps_lack_is_nan_and_no_time_and_the_order_of_lines_is_kept(tmp_path):
+    lines = [
+        {"step": 5, "kind": "mono", "loss": 1.0},
+        {"step": 6, "kind": "cross", "loss": 2.0, "tokens": 7, "phases": {"embed": 0.5}},
+        {"step": 7, "kind": "mono", "skipped": "NaN"},
+        {"step": 8, "kind": "mono", "loss": 3.0, "phases": {"data": 0.25}},
+        {"ended_early": "first", "after": 9},
+        {"ended_early": "second", "after": 9},
+        {"step": 2, "kind": "mono", "loss": 4.0, "phases": {"embed": 1.0, "data": 2.0}},
+        {"drawn_until": 5},
+        {"drawn_until": 9},
+        {"evaluation": "during training", "step": 20},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    steps = found.steps
+    assert (len(steps), steps.step.tolist(), steps.kinds) == (4, [5, 6, 8, 2], ["mono", "cross"])
+    assert steps.of_kind("mono").tolist() == [True, False, True, True]
+    np.testing.assert_array_equal(steps["tokens"], np.array([np.nan, 7, np.nan, np.nan], np.float32))
+    assert {name: spent.tolist() for name, spent in steps.phases.items()} == {
+        "embed": [0, 0.5, 0, 1],
+        "data": [0, 0, 0.25, 2],
+    }
+    assert (found.done, found.skipped, found.evaluations) == (9, [lines[2]], [lines[-1]])
+    assert (found.ended_early["ended_early"], found.drawn) == ("first", {"drawn_until": 9})
 
 
 def test_many_steps_take_little_memory(tmp_path):
@@ -151,3 +190,60 @@ def test_many_steps_take_little_memory(tmp_path):
     tracemalloc.stop()
     assert found.drawn["drawn_until"] == found.done == len(found.steps) == 20_000
     assert peak / 20_000 < 150  # bytes per step; with a dictionary each it is over 1,000
+
+
+@pytest.mark.parametrize("mark", ["metrics.jsonl", "evaluation-before.json", "checkpoint-000003", "checkpoint-1000000"])
+def test_each_of_what_a_run_leaves_first_makes_a_folder_a_run(tmp_path, mark):
+    (tmp_path / "run").mkdir()
+    for name in (mark, "config.yaml"):
+        (tmp_path / "run" / name).touch()
+    folder = RunFolder(tmp_path / "run", False)
+    assert folder.take() == tmp_path / "run-1"
+    folder.release()
+    assert names(tmp_path / "run-1") == sorted([mark, "config.yaml"])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl.bak", "old-metrics.jsonl", "checkpoint-best", "checkpoint-3-old"])
+def test_names_like_those_of_a_run_make_no_run(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).touch()
+    with pytest.raises(SettingError, match=f"holds {name} and is no folder of a run"):
+        RunFolder(tmp_path / "run", False)
+    assert names(tmp_path) == ["run", f"run/{name}"]
+
+
+def test_the_folder_that_the_program_runs_in_is_known_by_any_name(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    (tmp_path / "here" / "metrics.jsonl").touch()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for path in (".", "..", "../../link", "../below"):
+        with pytest.raises(SettingError, match="which this program runs in"):
+            RunFolder(Path(path), False)
+
+
+def test_an_empty_folder_is_taken_as_it_is_and_no_earlier_run_is_written_over(tmp_path):
+    (tmp_path / "run").mkdir()
+    for aside in (None, tmp_path / "run-1", tmp_path / "run-3"):
+        if aside == tmp_path / "run-3":
+            (tmp_path / "run-2").touch()
+        folder = RunFolder(tmp_path / "run", False)
+        assert folder.take() == aside
+        folder.release()
+        (tmp_path / "run" / "metrics.jsonl").touch()
+
+
+def test_who_trains_is_said_whatever_an_earlier_process_left_in_the_lock(tmp_path):
+    lock = tmp_path / ".run.lock"
+    lock.write_text("x" * 500)
+    folder = RunFolder(tmp_path / "run", False)
+    assert json.loads(lock.read_text())["process"] == os.getpid()
+    for content, who in (
+        (lock.read_text(), f"process {os.getpid()} on"),
+        ('{"proc', "another process"),
+        ("[]", "another"),
+    ):
+        lock.write_text(content)
+        with pytest.raises(SettingError, match=f"in which {who}.* trains now"):
+            RunFolder(tmp_path / "run", False)
+    folder.release()

@@ -1,10 +1,13 @@
 """The command line: YAML, overrides in both spellings, and errors that name the nearest right setting."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from yaml import YAMLError
 
 from hbt_fast.base.errors import UserError
-from hbt_fast.base.settings_files import load
+from hbt_fast.base.settings_files import _loader, load
 from hbt_fast.config import Config, TrainConfig, dump, parse
 from hbt_fast.engine.backends import SettingError, deepspeed_config
 from hbt_fast.engine.launch import start
@@ -30,6 +33,29 @@ def test_sources_on_the_command_line_replace_those_of_the_file(tmp_path):
     for spelled in (["data.sources=[{path: z.jsonl}]"], ["--data.sources", "[{path: z.jsonl}]"]):
         (source,) = parsed("--config", str(tmp_path / "a.yaml"), *spelled).data.sources
         assert (source.path, source.language, source.limit) == ("z.jsonl", None, None)
+
+
+def test_groups_that_say_nothing_are_none(tmp_path):
+    (tmp_path / "a.yaml").write_text("model:\ndata: {}\nbatch: {code_switch: null, size: 32}\nloss:\n  # later\n")
+    config = parsed("--config", str(tmp_path / "a.yaml"))
+    assert config == replace(Config(), batch=replace(Config().batch, size=32))
+
+
+def test_a_wrong_setting_is_said_to_be_of_the_file_that_has_it(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: many}\n")
+    (tmp_path / "b.yaml").write_text("train: {seed: x}\n")
+    right = tmp_path / "c.yaml"
+    right.write_text("train: {steps: 3}\n")
+    files = [f"--config={tmp_path / name}.yaml" for name in "abc"]
+    for arguments, said in (
+        (files[:2], f"{tmp_path / 'a.yaml'}: train.steps is many; write"),
+        ([files[0], files[2]], f"{tmp_path / 'a.yaml'}: train.steps is many; write"),
+        ([files[2], files[1]], f"{tmp_path / 'b.yaml'}: train.seed is x; write"),
+        ([files[2], "train.steps=many"], "train.steps is many; write"),
+    ):
+        with pytest.raises(UserError) as error:
+            parsed(*arguments)
+        assert str(error.value).startswith(said)
 
 
 def test_what_is_written_reads_back_equal(tmp_path):
@@ -83,6 +109,13 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     assert load("[no, on, yes, y, off, 1e-5, 2:30, 2020-01-01, true, False, 010, =]") == [
         "no", "on", "yes", "y", "off", 1e-5, "2:30", "2020-01-01", True, False, "010", "=",
     ]  # fmt: skip
+    assert load("[True, TRUE, false, FALSE, 0x1F, +7, 1_000, 1e5, .5, 1., 1.5E-3, -.inf, .Inf, ~, Null]") == [
+        True, True, False, False, 31, 7, 1000, 1e5, 0.5, 1.0, 1.5e-3, float("-inf"), float("inf"), None, None,
+    ]  # fmt: skip
+    assert repr(load("[.nan, .NaN, 1e, 0x, 1.2.3, inf, nan, 0o17, 1:30.5]")) == (
+        "[nan, nan, '1e', '0x', '1.2.3', 'inf', 'nan', '0o17', '1:30.5']"
+    )
+    assert load("{a: &a {x: 1}, b: &b {y: 2}, c: {<<: *a, <<: *b, x: 3}}")["c"] == {"x": 3, "y": 2}
     (tmp_path / "a.yaml").write_text(
         "data: {languages: [no, de], sources: [{files: {no: a.txt, de: b.txt}}, {path: x.jsonl, language: no}]}\n"
         "train: {learning_rate: 1e-5}\n"
@@ -94,8 +127,37 @@ def test_yaml_is_read_as_people_mean_it(tmp_path):
     assert config.train.learning_rate == 1e-5
 
 
+def test_without_libyaml_settings_are_read_alike(monkeypatch):
+    monkeypatch.delattr("yaml.CSafeLoader", raising=False)
+    _loader.cache_clear()
+    try:
+        assert load("{a: [no, 1e-5, 0x1F, true], b: {c: null}}") == {"a": ["no", 1e-5, 31, True], "b": {"c": None}}
+        for text, message in (("{a: 1, a: 2}", "the key a is there twice"), ("[" * 900 + "]" * 900, "nested")):
+            with pytest.raises(YAMLError, match=message):
+                load(text)
+    finally:
+        _loader.cache_clear()
+
+
+def test_a_file_may_be_empty_have_a_byte_order_mark_and_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("", "# nothing\n", "train:\nmodel: {}\n", "\ufeffbatch: {size: 32}\n"):
+        (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+        assert parsed("--config", "~/a.yaml").batch.size == (32 if "size" in text else Config().batch.size)
+
+
 @pytest.mark.parametrize(
-    ("given", "meant"), [("null", None), ("", ""), ("no", "no"), ("# ask: ", "# ask: "), ("&ask", "&ask")]
+    ("given", "meant"),
+    [
+        ("null", None),
+        ("Null", None),
+        ("NULL", None),
+        ("~", None),
+        ("", ""),
+        ("no", "no"),
+        ("# ask: ", "# ask: "),
+        ("&ask", "&ask"),
+    ],
 )
 def test_only_null_on_the_command_line_is_null(given, meant):
     assert parsed(f"model.query_prompt={given}").model.query_prompt == meant
@@ -112,6 +174,10 @@ def test_only_null_on_the_command_line_is_null(given, meant):
         ("train: 3", r"a.yaml: train is 3, and a group of settings; write train: \{run_dir: \.\.\.\}"),
         ("model: .nan", r"a.yaml: model is nan, and a group"),
         ("a: &a [*a]", r"a.yaml: not YAML of settings: more than"),
+        (
+            "a: &a [" + "x, " * 100 + "]\nb: &b [" + "*a, " * 100 + "]\nc: [" + "*b, " * 101 + "]",
+            r"a.yaml: not YAML of settings: more than 1,000,000 values",
+        ),
         ("a: " + "[" * 3000, r"a.yaml.*not YAML of settings"),
         ("a: " + "9" * 5000, r"a.yaml: not YAML of settings"),
         (b"\xff\xfe\x00a", r"a.yaml: not UTF-8"),

@@ -37,6 +37,17 @@ def test_shares_are_those_that_the_tokenizer_gives(look, tokenizer):
     assert 0.2 < seen["ru"].unknown_share < 1
 
 
+def test_of_texts_without_a_prompt_every_token_is_counted_and_no_special_one(tokenizer, tmp_path):
+    rows = [Row({"en": f"red {i}"}, {"en": f"ж blue {i}"}) for i in range(9)]
+    plain = Role("", 40)
+    (source,) = build_store(tmp_path, [("s", None, rows)], tokenizer, plain, plain).sources
+    (one,) = tokens_seen(source, tokenizer, plain, plain)
+    texts = [text["en"] for row in rows for text in (row.queries, row.passages)]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert one.tokens == sum(map(len, ids))
+    assert one.unknown == sum(found.count(tokenizer.unk_token_id) for found in ids) > 0
+
+
 def test_texts_at_the_limit_are_counted(look):
     rows = [Row({"en": "red"}, {"en": "blue " * (50 if i % 3 == 0 else 1) + str(i)}) for i in range(9)]
     (one,) = look(rows)

@@ -2,10 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+from conftest import build_store
 
 from hbt_fast import plan
-from hbt_fast.overview import in_words
+from hbt_fast.data.plan import BatchPlanner
+from hbt_fast.data.rows import Row
+from hbt_fast.data.shares import BatchConfig
+from hbt_fast.data.store import Role
+from hbt_fast.encoder.prompts import Prompt, Prompts
+from hbt_fast.overview import in_words, overview
 from hbt_fast.train import main
 
 SMALL = [
@@ -86,3 +93,39 @@ def test_many_languages_stay_a_few_lines(here):
     words = in_words(found)
     assert "and 88 more (the JSON has all)" in words
     assert len(words) < 2000
+
+
+def test_every_figure_is_of_its_side_language_and_step(tokenizer, tmp_path, monkeypatch):
+    """Russian questions, of which the tokenizer does not know a letter, and English answers: two questions each."""
+    rows = [
+        Row({"ru": f"ж {i} {j}"}, {"en": "red " * (30 if i < 3 else 1) + str(i)}, {"en": ("no",) * (i < 5)}, f"c{i}")
+        for i in range(12)
+        for j in range(2)
+    ]
+    roles = Role("", 24), Role("", 24)
+    store = build_store(tmp_path, [("s", None, rows)], tokenizer, *roles)
+    planner = BatchPlanner(store, BatchConfig(size=8, strategy="cross"), steps=200)
+    planned, plan_one = [], planner.plan
+    monkeypatch.setattr(planner, "plan", lambda step: planned.append(step) or plan_one(step))
+    prompts = Prompts(Prompt("query", "", "nowhere", "E5 was trained otherwise"), Prompt("passage", "", "nowhere"))
+    found = overview(prompts, roles, store, tokenizer, planner)
+    (source,) = found["sources"]
+    assert (source["read"], source["kept"], source["contents"], source["hard negatives"]) == (24, 24, 12, 10)
+    ru, en = (source["languages"][code].pop("first") for code in ("ru", "en"))
+    assert source["languages"] == {"en": {"queries": 0, "passages": 24}, "ru": {"queries": 24, "passages": 0}}
+    assert [(one["queries"], one["passages"]) for one in (ru, en)] == [(24, 0), (0, 12)]
+    assert [(one["cut queries"], one["cut passages"]) for one in (ru, en)] == [(0, 0), (0, 3)]
+    assert 0.05 < ru["unknown tokens"] < 1
+    assert en["unknown tokens"] == 0
+    assert found["language pairs"] == {"steps": 40, "share": {"ru-en": 1.0}}
+    assert planned == np.linspace(0, 199, 40).astype(int).tolist()
+    assert found["tokenizer"]["size"] == len(tokenizer)
+    source["languages"]["ru"]["first"] = {**ru, "unknown tokens": 0.001}
+    source["read"] = 99
+    words = in_words(found)
+    assert "query prompt '' (nowhere; E5 was trained otherwise)\npassage prompt '' (nowhere)\n" in words
+    assert "unknown tokens: ru 0.1%; at the length limit: none" in words
+    assert "0.4 hard negatives a row\n  queries/passages: en 0/24, ru 24/0\n" in words
+    assert "language pairs, query-passage, of 40 steps: ru-en 100.0%" in words
+    planner = BatchPlanner(store, BatchConfig(size=8, strategy="cross"), steps=2)
+    assert overview(prompts, roles, store, tokenizer, planner)["language pairs"]["steps"] == 2

@@ -180,7 +180,7 @@ def _check(value: object, hint: object, rule: Rule | tuple | None, name: str, er
         right = right and (base is bool) == isinstance(value, bool) and (rule is None or rule.holds(value))
     if not right:
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else ascii(value)
-        if isinstance(value, str) and _is_unicode(value):
+        if isinstance(value, str):
             shown = repr(value)
         shown = f"{shown[:SHOWN]}..." if len(shown) > SHOWN else shown
         raise error(f"{name} is {shown}; write {_wanted(hint, rule)}")
