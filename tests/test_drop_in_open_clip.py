@@ -109,7 +109,8 @@ def test_constructor_and_call_have_their_arguments():
         assert ours == theirs, method
 
 
-def test_what_it_cannot_do_is_refused():
+def test_what_it_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # an earlier test of this process may have left a group
     with pytest.raises(ValueError, match="use_horovod=False"):
         ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="write gather_with_grad=True"):

@@ -64,7 +64,7 @@ def wait_for_step(process: subprocess.Popen, step: int) -> None:
     pytest.fail(f"the run ended before step {step}: {process.stderr.read()[-2000:]}")
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 90) -> list[tuple[int, str]]:
+def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str]]:
     """(exit status, what it said on stderr) of each."""
     end = time.monotonic() + timeout
     try:
