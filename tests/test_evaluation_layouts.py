@@ -102,7 +102,9 @@ def test_miracl(tmp_path):
     assert task.queries == ["dev sw?", "dev yo?"]
     assert task.candidate_ids == ["sw:1#0", "sw:2#0", "yo:1#0", "yo:2#0"]  # apart, as the queries'
     assert beir(tmp_path, "train", ["yo"]).queries == ["train yo?"]
-    with pytest.raises(DataError, match="nothing for languages de; there are sw, yo"):
+    with pytest.raises(DataError, match=r"nothing for languages SWA, de; there are sw, yo; did you mean sw\?"):
+        beir(tmp_path, languages=["SWA", "de"])
+    with pytest.raises(DataError, match=r"nothing for languages de; there are sw, yo$"):
         beir(tmp_path, languages=["de", "sw"])
     with pytest.raises(DataError, match="no qrels of the split testA; there are qrels"):
         beir(tmp_path, "testA")

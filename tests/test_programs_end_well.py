@@ -1,5 +1,6 @@
 """How programs end: a status that says what happened, one message on stderr; a traceback is a fault of ours."""
 
+import atexit
 import errno
 import os
 import signal
@@ -11,7 +12,7 @@ from programs import status
 
 from hbt_fast.base.errors import FileError, StoppedError, UserError
 from hbt_fast.base.files import replacing, settle, whole_folder, write_whole, writing
-from hbt_fast.base.programs import program
+from hbt_fast.base.programs import as_process, program
 from hbt_fast.data.rows import DataError
 from hbt_fast.encoder import EncoderError
 from hbt_fast.engine.backends import SettingError
@@ -57,6 +58,17 @@ def test_output_that_nobody_reads_any_more_ends_the_program_as_the_signal_would(
         patch.setattr(sys, "stdout", stdout)
         assert status(main) == 128 + signal.SIGPIPE
     assert capsys.readouterr().err == ""
+
+
+def test_a_text_that_a_program_ends_with_is_said_also_where_the_interpreter_stays_up(monkeypatch, capsys):
+    def left(status):
+        raise InterruptedError(status)
+
+    monkeypatch.setattr(os, "_exit", left)
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
+    with pytest.raises(InterruptedError, match="1"):
+        as_process(lambda: sys.exit("no such thing"), lambda: True)
+    assert capsys.readouterr().err == "no such thing\n"
 
 
 def test_a_fault_of_ours_stays_a_traceback():

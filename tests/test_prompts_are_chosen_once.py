@@ -80,6 +80,8 @@ def test_what_a_family_was_trained_with_is_said_and_not_taken(record):
     said = choose_prompts(str(record("bge-small-en-v1.5", prompts={"query": "", "document": ""})), {})
     assert "recorded with the model; BGE was trained with 'Represent this" in said.query.line
     assert said.passage.line == "passage prompt '' (recorded with the model)"
+    inner = record("Multilingual-E5-small/best")
+    assert "E5 was trained with 'query: '" in choose_prompts(f"{inner}/", {}).query.line
     assert "trained with" not in choose_prompts(str(record("re5earch")), {}).query.line
 
 

@@ -36,9 +36,8 @@ def standard(code: str) -> str:
     """
     import langcodes
 
-    short = normalise(code)
-    found = langcodes.standardize_tag(code.strip().replace("_", "-"), macro=True)
-    return short if found.lower() == short else found
+    normalise(code)
+    return langcodes.standardize_tag(code.strip().replace("_", "-"), macro=True)
 
 
 def is_language(code: str) -> bool:

@@ -156,7 +156,7 @@ def load_checkpoint(
     state = _verified_state(folder)
     before, now = state["identity"], json.loads(json.dumps(identity or {}))
     free = may_change(before, state["step"])
-    if unknown := sorted(set(free) - before.keys() - now.keys() - {"train.steps"}):
+    if unknown := sorted(set(free) - before.keys() - now.keys()):
         near = difflib.get_close_matches(unknown[0], before, 1)
         raise CheckpointError(
             f"train.resume_changed has {unknown[0]}, in which no run can change"
