@@ -2,8 +2,9 @@
 
 python tests/store_builder.py FOLDER TOKENIZER.json SETTINGS, the settings as JSON: rows, chunk, workers, alone, seconds
 (between journal lines), block (pairs sorted at a time), negatives, pause (seconds of sleep per chunk and sorted block),
-measure. It prints a word when a chunk is in, when a block of content keys is united, and when the store is about to get
-its name; then the number of rows and, if it was to measure, its peak of anonymous memory.
+naming (seconds of sleep before the store gets its name), measure. It prints a word when a chunk is in, when a block of
+content keys is united, and when the store is about to get its name; then the number of rows and, if it was to measure,
+its peak of anonymous memory.
 """
 
 import json
@@ -46,18 +47,19 @@ def main(folder, tokenizer, settings):
     build.JOURNAL_SECONDS, contents.BLOCK = settings.get("seconds", 0.0), settings.get("block", 1 << 20)
     build.ALONE = settings.get("alone", build.ALONE)
 
-    def saying(word, function):
+    def saying(word, function, pause="pause"):
         def call(*arguments):
             result = function(*arguments)
             print(word, flush=True)
-            time.sleep(settings.get("pause", 0.0))
+            time.sleep(settings.get(pause, 0.0))
             return result
 
         return call
 
     draft.Draft.add = saying("chunk", draft.Draft.add)
     contents._united = saying("united", contents._united)
-    build._publish = lambda *arguments, publish=build._publish: saying("naming", lambda: None)() or publish(*arguments)
+    naming, publish = saying("naming", lambda: None, "naming"), build._publish
+    build._publish = lambda *arguments: naming() or publish(*arguments)
     peak = [0]
     if settings.get("measure"):
 

@@ -82,7 +82,7 @@ def test_kills_at_any_moment_lose_little_and_change_nothing(whole, core, tmp_pat
         ("united", 9),
         ("naming", 1),
     ]:
-        process = start(folder, core, pause=0.02, workers=2 * (count % 2), alone=1)
+        process = start(folder, core, pause=0.02, naming=60, workers=2 * (count % 2), alone=1)
         said = []
         for line in process.stdout:
             said.append(line.strip())
