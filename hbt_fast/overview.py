@@ -95,6 +95,7 @@ def _source(source: SourceStore, seen: list[TokensSeen]) -> dict:
             for code, found in source.read_by_language.items()
             if (lost := {reason: count for reason, count in found.items() if reason != "read"})
         },
+        "layouts": list(source.layouts),
         "contents": source.contents,
         "hard negatives": len(source.negative_texts),
         "languages": languages,
@@ -161,6 +162,13 @@ def _source_in_words(source: dict) -> list[str]:
         rows, where = source["left out"].get(reason, 0), f" ({_some(languages)})" if languages else ""
         reasons.append(f"{rows:,} row{'s' * (rows != 1)} {reason}{where}" if rows else f"texts {reason}{where}")
     said += f"; left out: {'; '.join(reasons)}" if reasons else ""
+    layouts = []
+    for layout in source["layouts"]:
+        layouts.append(f"  read as {layout['layout']}: {_some(layout['read'])}")
+        if layout["not read"]:
+            layouts[-1] += f"; not read: {_some(layout['not read'])}"
+        if (found := [name for name in layout["not read"] if "neg" in name.lower()]) and not source["hard negatives"]:
+            layouts[-1] += f"; hard negatives, perhaps? Set the source's fields: {{negatives: {found[0]}}}"
     if source["hard negatives"]:
         said += f"; {source['hard negatives'] / source['kept']:.1f} hard negatives a row"
     languages, unknown, cut = [], [], []
@@ -173,7 +181,7 @@ def _source_in_words(source: dict) -> list[str]:
             if first["cut queries"] or first["cut passages"]:
                 cut.append(f"{code} {first['cut queries']:,}/{first['cut passages']:,}")
     looked = f"unknown tokens: {_some(unknown) or 'none'}; at the length limit: {_some(cut) or 'none'}"
-    return [said, f"  queries/passages: {_some(languages)}", f"  of the first {FIRST:,} of each: {looked}"]
+    return [said, *layouts, f"  queries/passages: {_some(languages)}", f"  of the first {FIRST:,} of each: {looked}"]
 
 
 def _some(parts: list[str]) -> str:

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from hbt_fast.data.sources import Source
 
 ONLY = {  # settings of a source that only some formats heed
-    "bitext": ("auto", "jsonl", "tsv", "tmx", "hf"),
+    "bitext": ("auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "hf"),
     "passage": ("auto", "squad", "jsonl"),
     "pair": ("auto", "lines"),
-    "columns": ("auto", "tsv"),
+    "columns": ("auto", "csv", "tsv"),
+    "quoting": ("auto", "csv", "tsv"),
+    "layout": ("auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "hf"),
     "documents": ("auto", "lines"),
     "split": ("hf",),
     "config": ("hf",),
-    "path": ("auto", "squad", "jsonl", "tsv", "tmx", "lines", "hf"),
+    "path": ("auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "lines", "hf"),
     "files": ("auto", "squad", "jsonl", "tmx", "lines"),
     "exclude_paragraphs_of": ("auto", "squad"),
 }

@@ -132,12 +132,16 @@ def wanted(cls: type, name: str) -> str:
     return wanted(kind, rest) if rest and is_dataclass(kind) else _wanted(kind, getattr(cls, "ranges", {}).get(first))
 
 
-def _kinds(kind: object) -> tuple[object, list[object], bool]:
-    """The type that is no Literal and not None (or None), the Literal's values, and whether None is allowed."""
+def _kinds(kind: object, value: object = None) -> tuple[object, list[object], bool]:
+    """The type that is no Literal and not None (or None), the Literal's values, and whether None is allowed.
+
+    Of a type and lists of it, it is the list where the value is one.
+    """
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
     left = [one for one in kinds if one is not type(None) and get_origin(one) is not Literal]
-    return (left or [None])[0], words, type(None) in kinds
+    lists = [one for one in left if get_origin(one) is list] if isinstance(value, list | tuple) else []
+    return (lists or left or [None])[0], words, type(None) in kinds
 
 
 def _wanted(kind: object, rule: Rule | tuple[Rule, Rule] | None) -> str:
@@ -161,7 +165,7 @@ def _wanted(kind: object, rule: Rule | tuple[Rule, Rule] | None) -> str:
 
 
 def _check(value: object, hint: object, rule: Rule | tuple | None, name: str, error: type[UserError]) -> None:
-    kind, words, nullable = _kinds(hint)
+    kind, words, nullable = _kinds(hint, value)
     if (value is None and nullable) or any(type(value) is type(word) and value == word for word in words):
         return
     base, right, entries = get_origin(kind) or kind, False, []

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hbt_fast.data.languages import normalise
 from hbt_fast.data.rows import DataError
+
+if TYPE_CHECKING:
+    from hbt_fast.data.layouts import Layout
 
 LONGEST_LINE, LONGEST_TEXT = 1 << 24, 1_000_000  # bytes, characters
 
@@ -30,12 +33,14 @@ class Tally:
         left_out: reason -> rows of which nothing was kept.
         languages: language -> "read": rows that have a text in it; and reason -> those of which no text in it was kept.
         skipped: "file:line: reason" of what is malformed.
+        layouts: how the records of each source were read.
     """
 
     read: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     languages: dict[str, Counter[str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
 
     def row(self, languages: Iterable[str] = ()) -> None:
         """Count a row that was read, with texts in these languages."""
@@ -64,7 +69,12 @@ class Tally:
     def plain(self) -> dict[str, Any]:
         """As JSON, without what is listed in `skipped`."""
         languages = {code: dict(sorted(found.items())) for code, found in sorted(self.languages.items())}
-        return {"read": self.read, "left_out": dict(sorted(self.left_out.items())), "languages": languages}
+        return {
+            "read": self.read,
+            "left_out": dict(sorted(self.left_out.items())),
+            "languages": languages,
+            "layouts": [layout.plain() for layout in self.layouts],
+        }
 
     def __str__(self) -> str:
         """Why rows were left out, in words."""

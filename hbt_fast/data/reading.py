@@ -227,3 +227,32 @@ def refuse_half_pairs(value: object, where: str) -> None:
             stack += [*value, *value.values()]
         elif isinstance(value, list):
             stack += value
+
+
+class Bounded:
+    """A file of which so much can be read until `whole` is called: what is parsed of it is held in memory till then.
+
+    Args:
+        file: to read from.
+        path: of it, for messages.
+        what: is held in memory, for messages.
+        most: bytes of it.
+    """
+
+    def __init__(self, file: BinaryIO, path: str, what: str, most: int) -> None:
+        self.file, self.path, self.what, self.most, self.left = file, path, what, most, most
+
+    def read(self, count: int) -> bytes:
+        """As of a file."""
+        raw = self.file.read(count)
+        self.left -= len(raw)
+        if self.left < 0:
+            raise DataError(
+                f"{self.path}: {self.what} longer than {self.most:,} bytes (data.longest_line); "
+                "if it is one, write a larger data.longest_line"
+            )
+        return raw
+
+    def whole(self) -> None:
+        """What was read so far is done with."""
+        self.left = self.most

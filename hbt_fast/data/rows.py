@@ -26,6 +26,8 @@ class Row:
         content: content id in the source's own terms: rows with equal content never meet in one batch. None: the
             store takes the passage texts alone (equal passage texts always share a content id).
         where: "file:line" (or the like) for error messages.
+        score: a teacher's of query and passage; None: there is none.
+        negative_scores: of query and each hard negative, in the order of `negatives`; empty: there are none.
     """
 
     queries: dict[str, str]
@@ -33,3 +35,5 @@ class Row:
     negatives: dict[str, tuple[str, ...]] = field(default_factory=dict)
     content: str | None = None
     where: str = ""
+    score: float | None = None
+    negative_scores: tuple[float, ...] = ()

@@ -30,8 +30,12 @@ from hbt_fast.data.problems import (
 from hbt_fast.data.reading import half_pair
 from hbt_fast.data.rows import DataError, Row
 
-NAMES = ("query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id")
-Format = Literal["auto", "squad", "jsonl", "tsv", "tmx", "lines", "hf", "cldr"]
+NAMES = (
+    "query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id", "scores",
+    "negative_scores",
+)  # fmt: skip
+Format = Literal["auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "lines", "hf", "cldr"]
+Layout = Literal["auto", "pairs", "flagembedding", "tevatron", "dpr", "messages", "anchors", "triplets"]
 
 
 @ranges(
@@ -69,7 +73,14 @@ class Source:
         columns: tsv: the names of the columns of a file without a first line that names them.
         documents: lines: a file with the document of each line, so that next does not pair across documents.
         fields: what this source calls query, passage, negatives, content, language, query_language,
-            passage_language, id: {query: question}.
+            passage_language, id, scores, negative_scores, as {query: question}; or several fields, as {negatives:
+            [negative_1, negative_2]}, in which * stands for anything.
+        layout: what the fields of records mean: pairs (query, passage, negatives), flagembedding (query, pos, neg),
+            tevatron (query, positive_passages, negative_passages), dpr (question, positive_ctxs, hard_negative_ctxs),
+            messages (messages, positive_messages, negative_messages), anchors (anchor, positive, negative, negative_1
+            ...), triplets (query, positive, negative ...); auto goes by the first record.
+        quoting: csv, tsv: quoted reads a cell between quotes as RFC 4180 says, plain takes quotes for characters; auto:
+            csv is quoted, tsv is plain, and a cell that is all between quotes is an error.
         exclude_paragraphs_of: SQuAD files; every paragraph that has a question id or a text of theirs is left out.
         split: hf: the split.
         config: hf: the data set's configuration.
@@ -87,7 +98,9 @@ class Source:
     pair: Literal["translation", "next"] = "translation"
     columns: list[str] = field(default_factory=list)
     documents: str | None = None
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str | list[str]] = field(default_factory=dict)
+    layout: Layout = "auto"
+    quoting: Literal["auto", "quoted", "plain"] = "auto"
     exclude_paragraphs_of: list[str] = field(default_factory=list)
     split: str = "train"
     config: str | None = None
@@ -226,21 +239,25 @@ def _unusable(text: str, code: str, longest: int) -> str:
 
 
 def _format(source: Source) -> str:
+    from hbt_fast.data.containers import CONTAINERS, ending, is_array
+
     if source.format == "cldr":
         return "cldr"
     if (source.path is None) == (not source.files):
         raise DataError(f"source {source.name or ''!r}: give either path or files (one file per language)")
     if source.format != "auto":
         return source.format
-    path = (source.path or next(iter(source.files.values()))).split("::")[0].removesuffix(".gz")
-    endings = {".json": "squad", ".jsonl": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv", ".tmx": "tmx", ".txt": "lines"}
-    found = endings.get(Path(path).suffix)
-    if found is None and Path(path).is_dir() and any(Path(path).glob("*.json")):
+    path = source.path or next(iter(source.files.values()))
+    found = {**CONTAINERS, ".tmx": "tmx", ".txt": "lines"}.get(ending(path))
+    if found is None and Path(path).is_dir():
+        kinds = {CONTAINERS.get(ending(name)) for name in expand(path)} - {None}
+        found = "json" if "json" in kinds else next(iter(kinds), None)
+    if found == "json" and (source.files or not is_array(expand(path)[0])):
         found = "squad"
     if found is None:
         raise DataError(
-            f"{path}: cannot tell the format from the name; set the source's format to squad, jsonl, tsv, tmx, lines "
-            "or hf"
+            f"{path}: cannot tell the format from the name; set the source's format to squad, jsonl, json, csv, tsv, "
+            "parquet, arrow, tmx, lines or hf"
         )
     return found
 
@@ -268,12 +285,14 @@ def expand(path: str) -> list[str]:
     member, separator, local = path.rpartition("::")
     try:
         here = Path(local).expanduser()
-        if here.is_dir():
+        if here.is_file():  # also one called "train[1].jsonl"
+            found = [str(here)]
+        elif here.is_dir():
             found = sorted(str(p) for p in here.rglob("*") if p.is_file() and not p.name.startswith("."))
         elif any(c in here.name for c in "*?["):
             found = sorted(str(p) for p in here.parent.glob(here.name))
         else:
-            found = [str(here)] if here.is_file() else []
+            found = []
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:  # ~nobody, "a**", a name of 300 letters
         raise DataError(f"{local}: no file can be named so ({error})") from None
     if not found:

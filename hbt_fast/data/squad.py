@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from hbt_fast.data.containers import ending
 from hbt_fast.data.problems import EXCLUDED, NO_ANSWER, Problems
 from hbt_fast.data.reading import described, document
 from hbt_fast.data.rows import DataError, Row
@@ -50,10 +51,10 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 def read(source: Source, problems: Problems) -> Iterator[Row]:
     """The rows of a SQuAD source: one per question, or one per question id over several languages."""
-    if source.path and source.path.split("::")[0].removesuffix(".gz").endswith((".jsonl", ".ndjson")):
-        from hbt_fast.data.formats import read_jsonl
+    if source.path and ending(source.path) in (".jsonl", ".ndjson"):
+        from hbt_fast.data.formats import read_records
 
-        yield from read_jsonl(source, problems)
+        yield from read_records(source, problems)
         return
     files = source.files or {source.language: source.path}
     if None in files:
@@ -167,7 +168,7 @@ def paragraphs(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     names = expand(path)
     for name in names:
-        if len(names) > 1 and not name.partition("::")[0].removesuffix(".gz").endswith(".json"):
+        if len(names) > 1 and ending(name) != ".json":
             continue  # of a folder: what lies beside the data
         found = document(name)
         if not isinstance(found, dict) or not isinstance(found.get("data"), list):

@@ -106,6 +106,7 @@ class SourceStore:
         left_out: reason -> rows of which nothing was kept; see `hbt_fast.data.problems`.
         read_by_language: language -> "read": rows that had a text in it; and reason -> those of which no text in it
             was kept.
+        layouts: how the records of each source were read: its name, fields that are read and those that are not.
         refused: numbers, among the rows that the reader gave, of those that could not be tokenised.
     """
 
@@ -133,6 +134,7 @@ class SourceStore:
     read: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     read_by_language: dict[str, dict[str, int]] = field(default_factory=dict)
+    layouts: tuple[dict[str, Any], ...] = ()
     refused: tuple[int, ...] = ()
 
     @classmethod
@@ -169,7 +171,8 @@ class SourceStore:
         return cls(
             folder=folder, languages=tuple(meta["languages"]), **facts, **arrays,
             read=tally.get("read", meta["rows"]), left_out=tally.get("left_out", {}),
-            read_by_language=tally.get("languages", {}), refused=tuple(meta["refused"]),
+            read_by_language=tally.get("languages", {}), layouts=tuple(tally.get("layouts", ())),
+            refused=tuple(meta["refused"]),
         )  # fmt: skip
 
     @property
