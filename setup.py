@@ -21,6 +21,7 @@ TRAIN = [
     "PyYAML>=6",  # writes the resolved settings
     "defusedxml>=0.7",  # TMX without entity bombs
     "fsspec>=2024.6",  # .gz, .zip members, globs
+    "zstandard>=0.22",  # .zst
     "langcodes>=3.5",  # one code per language, whatever the source calls it
     "xxhash>=3.4.1",  # hashes of texts and files
     "regex>=2025.10.22",  # words of every script, for code-switching; as transformers 5.17 wants it

@@ -142,7 +142,7 @@ def test_an_entity_bomb_is_refused(tmp_path):
 def test_articles_negatives_and_documents_of_a_wrong_kind_are_named(tmp_path):
     with pytest.raises(DataError, match="article 0: not an object"):
         read(Source(path=write(tmp_path / "a.json", {"data": [3]}), language="en"))
-    with pytest.raises(DataError, match=r"b.jsonl:1: 'negatives' holds something that is no text"):
+    with pytest.raises(DataError, match=r"b.jsonl:1: 'negatives' must be a text, a list of texts.*it has null"):
         read(Source(path=write(tmp_path / "b.jsonl", {**GOOD, "negatives": ["x", None]})))
     with pytest.raises(DataError, match=r"c.jsonl:1: 'negatives' must be a text"):
         read(Source(path=write(tmp_path / "c.jsonl", {**GOOD, "negatives": 3})))

@@ -119,6 +119,9 @@ def read(**source):
 PAIR = {"query": "Was?", "passage": "Das.", "negatives": {"de": ["Dies."]}, "content": "c", "language": "de"}
 MANY = {"query": {"en": "a", "de": "b"}, "passage": {"en": "c"}, "negatives": ["d"], "id": 3}
 ASKED = {"question": "a", "context": "b a. C.", "answers": {"text": ["a"], "answer_start": [2]}, "language": "en"}
+LISTS = {"query": "Was?", "pos": ["Das.", {"title": "A", "text": "b", "id": 3}], "neg": ["c"], "pos_scores": [1, 2],
+         "neg_scores": [0.5]}  # fmt: skip
+CHAT = {"messages": [{"role": "user", "content": "Was?"}], "positive_messages": [[{"role": "user", "content": "Das."}]]}
 QUESTION = {"id": "1", "question": "a", "answers": [{"text": "a", "answer_start": 2}], "answer_occurrences": 1}
 PARAGRAPH = {"context": "b a. C.", "sentence_breaks": [[0, 4], [5, 7]], "qas": [QUESTION]}
 SQUAD = {"data": [{"title": "t", "paragraphs": [PARAGRAPH]}]}
@@ -126,10 +129,13 @@ LAREQA = {"data": [{"paragraphs": [{**PARAGRAPH, "sentences": ["b a.", "C."]}]}]
 
 
 @fuzz
-@given(spoilt(PAIR, MANY, ASKED))
+@given(spoilt(PAIR, MANY, ASKED, LISTS, CHAT))
 def test_json_lines(folder, raw):
     path = folder / "a.jsonl"
     path.write_bytes(raw)
+    array = folder / "array.json"
+    array.write_bytes(b"[" + raw.replace(b"\n", b",") + b"]")
+    read(path=str(array), language="en")
     read(path=str(path))
     read(path=str(path), language="en", bitext=True)
     read(files={"en": str(path), "de": str(path)}, format="jsonl")

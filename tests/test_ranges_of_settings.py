@@ -32,7 +32,7 @@ def scalars(cls=Config, prefix=""):
             yield from scalars(*inner or [kind], f"{prefix}{field.name}{'[0]' if inner else ''}.")
         elif get_origin(kind) is dict:
             for part, of, its in zip(("key", "value"), get_args(kind), rule or (None, None), strict=True):
-                yield f"{prefix}{field.name}:{part}", its, of
+                yield f"{prefix}{field.name}:{part}", its, _kinds(of)[0]
         elif get_origin(kind) is list:
             yield f"{prefix}{field.name}[0]", rule, get_args(kind)[0]
         elif kind in BOUND:
@@ -182,16 +182,21 @@ def test_settings_that_do_not_go_together_are_named(arguments, message):
 
 SET = {
     "bitext": True, "passage": "paragraph", "pair": "next", "columns": ["a"], "documents": "d", "split": "dev",
-    "config": "c", "path": "p", "files": {"de": "f"}, "exclude_paragraphs_of": ["e"],
+    "config": "c", "path": "p", "files": {"de": "f"}, "exclude_paragraphs_of": ["e"], "quoting": "plain",
+    "layout": "pairs",
 }  # fmt: skip
 HEEDED = {
     "auto": SET.keys() - {"split", "config"},
-    "squad": {"passage", "path", "files", "exclude_paragraphs_of"},
-    "jsonl": {"bitext", "passage", "path", "files"},
-    "tsv": {"bitext", "columns", "path"},
+    "squad": {"passage", "path", "files", "exclude_paragraphs_of", "layout"},
+    "jsonl": {"bitext", "passage", "path", "files", "layout"},
+    "json": {"bitext", "path", "layout"},
+    "csv": {"bitext", "columns", "path", "quoting", "layout"},
+    "tsv": {"bitext", "columns", "path", "quoting", "layout"},
+    "parquet": {"bitext", "path", "layout"},
+    "arrow": {"bitext", "path", "layout"},
     "tmx": {"bitext", "path", "files"},
     "lines": {"pair", "documents", "path", "files"},
-    "hf": {"bitext", "split", "config", "path"},
+    "hf": {"bitext", "split", "config", "path", "layout"},
     "cldr": set(),
 }
 

@@ -108,6 +108,7 @@ def test_what_is_left_out_is_counted_by_reason_and_language(tmp_path):
             "es": {"not in data.languages": 1, "read": 1},
             "fr": {"not in data.languages": 3, "read": 3},
         },
+        "layouts": [],
     }
 
 
@@ -183,6 +184,7 @@ def test_what_a_reader_leaves_out_is_counted_by_short_language(tmp_path):
         "read": 2,
         "left_out": {"why": 2},
         "languages": {code: {"read": 1, "why": 1} for code in ("de", "en", "english")},
+        "layouts": [],
     }
     _, tally = read(write(tmp_path / "a.jsonl", "[]", "{}"))
     assert str(tally).startswith("all 2 rows were malformed, the first: ")

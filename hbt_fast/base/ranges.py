@@ -171,8 +171,8 @@ def _check(value: object, hint: object, rule: Rule | tuple | None, name: str, er
     base, right, entries = get_origin(kind) or kind, False, []
     if is_dataclass(base):
         right = isinstance(value, base)
-    elif base is list:  # [] would be taken for null, which is "all"
-        right = isinstance(value, list | tuple) and not (nullable and not value)
+    elif base is list:  # [] would be taken for null, which is "all", or for no name
+        right = isinstance(value, list | tuple) and (bool(value) or kind is hint)
         entries = [(entry, get_args(kind)[0], rule, f"{name}[{n}]") for n, entry in enumerate(value)] if right else []
     elif base is dict:
         right, rules = isinstance(value, dict), rule or (None, None)

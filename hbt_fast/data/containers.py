@@ -7,13 +7,14 @@ business of `hbt_fast.data.layouts`.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from hbt_fast.data.problems import Problems
-from hbt_fast.data.reading import Bounded, described, lines, opened, records
+from hbt_fast.data.reading import array_records, lines, opened, records
 from hbt_fast.data.rows import DataError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def read_container(kind: str, path: str, source: Source, problems: Problems) -> 
     if kind == "jsonl":
         return records(path, problems)
     if kind == "json":
-        return _array(path, problems)
+        return array_records(path, problems)
     if kind in ("csv", "tsv"):
         return _table(path, "," if kind == "csv" else "\t", source, problems)
     return _arrow(path, kind, problems)
@@ -69,29 +70,6 @@ def is_array(path: str) -> bool:
     """Whether a JSON file is one array, rather than one object."""
     with opened(path) as file:
         return file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _array(path: str, problems: Problems) -> Records:
-    """The elements of a JSON array, one at a time."""
-    import ijson
-
-    number = 0
-    with opened(path) as raw:
-        file = Bounded(raw, path, "an element", problems.longest_line)
-        try:
-            for number, record in enumerate(ijson.items(file, "item", use_float=True), 1):
-                file.whole()
-                yield from _object(f"{path}: element {number}", record, problems)
-        except ijson.JSONError as error:
-            what = str(error).splitlines()[0]
-            raise DataError(f"{path}: after element {number} it is no JSON array any more ({what})") from None
-
-
-def _object(where: str, record: object, problems: Problems) -> Records:
-    if isinstance(record, dict):
-        yield where, record
-    else:
-        problems.report(where, f"a JSON object is needed, this is {described(record)}")
 
 
 def _table(path: str, separator: str, source: Source, problems: Problems) -> Records:
@@ -177,6 +155,8 @@ def _batches(path: str, kind: str) -> Iterable[pa.RecordBatch]:
     import pyarrow.parquet
 
     with opened(path) as file:
+        if path.partition("::")[0].lower().endswith(COMPRESSED):  # where seeking is reading anew
+            file = io.BytesIO(file.read())
         if kind == "parquet":
             yield from pyarrow.parquet.ParquetFile(file).iter_batches(BATCH)
             return

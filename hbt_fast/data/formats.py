@@ -33,7 +33,23 @@ def _records(source: Source, problems: Problems) -> Iterator[tuple[str, dict[str
         if len(paths) == 1 and source.format in CONTAINERS.values():  # whatever its name
             kind = source.format
         if kind is not None:  # of a folder: what lies beside the data
-            yield from read_container(kind, path, source, problems)
+            found = read_container(kind, path, source, problems)
+            yield from _named(found, path, source) if kind in ("csv", "tsv") and not source.bitext else found
+
+
+def _named(found: Iterator[tuple[str, dict[str, Any]]], path: str, source: Source) -> Iterator[tuple[str, dict]]:
+    """The records of a table of text, whose first line was taken for names of columns; see that they are."""
+    for first in found:
+        if not Layout.of(first[1], source).fits(first[1]):
+            there = ", ".join(map(repr, first[1]))
+            raise DataError(
+                f"{path}:1: the first line must name the columns, 'query' and 'passage' among them; it has {there}. If "
+                "they are names, say which is which with the source's fields: {query: NAME, passage: NAME}; if it is a "
+                "row, name the columns with columns: [query, passage]"
+            )
+        yield first
+        break
+    yield from found
 
 
 def _rows(found: Iterable[tuple[str, dict[str, Any]]], source: Source, problems: Problems) -> Iterator[Row]:
@@ -58,7 +74,7 @@ def _rows(found: Iterable[tuple[str, dict[str, Any]]], source: Source, problems:
 
 def _joined(source: Source, problems: Problems) -> Iterator[Row]:
     """One file per language, joined by id (a suffix _LANGUAGE of ids is dropped); texts are bitext."""
-    text_name, id_name = source.fields.get("query", "query"), source.fields.get("id", "id")
+    text_name, id_name = _field(source, "query"), _field(source, "id")
     joined: dict[str, dict[str, str]] = {}
     for language, path in source.files.items():
         for file in expand(path):
@@ -80,9 +96,17 @@ def _joined(source: Source, problems: Problems) -> Iterator[Row]:
         yield Row(texts, texts, {}, key, f"{source.name or 'files'}:{key}")
 
 
+def _field(source: Source, what: str) -> str:
+    """The one field that a source calls so."""
+    name = source.fields.get(what, what)
+    if isinstance(name, str):
+        return name
+    raise DataError(f"source {source.name or source.path!r}: its fields say that {what} is {name}; write one name")
+
+
 def _translations(record: dict[str, Any], source: Source, where: str, problems: Problems) -> Iterator[Row]:
     """The row of a record whose fields are language codes and their texts."""
-    content, key = (source.fields.get(name, name) for name in ("content", "id"))
+    content, key = _field(source, "content"), _field(source, "id")
     texts = {name: text for name, text in record.items() if name not in (key, content) and text not in (None, "")}
     try:
         if bad := next((name for name, text in texts.items() if not isinstance(text, str)), None):

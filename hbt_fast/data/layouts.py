@@ -25,7 +25,7 @@ Names = dict[str, tuple[str, ...]]  # what a field is, as "negatives" -> what re
 
 PLAIN = {
     "content": ("content",), "id": ("id",), "language": ("language",), "query_language": ("query_language",),
-    "passage_language": ("passage_language",),
+    "passage_language": ("passage_language",), "scores": ("scores", "score"), "negative_scores": ("negative_scores",),
 }  # fmt: skip
 NEGATIVES = ("negative", "negatives", "negative_*", "negative[0-9]*")
 LAYOUTS: dict[str, Names] = {  # the first whose query and passage a record has
@@ -79,6 +79,10 @@ class Layout:
             found = next((name for name in LAYOUTS if _fits(record, {**LAYOUTS[name], **given})), "pairs")
         return cls(found, {**PLAIN, **LAYOUTS[found], **given}, given)
 
+    def fits(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record has a query and a passage by these names, whatever they hold."""
+        return _fits(record, self.names)
+
     def values(self, record: Mapping[str, Any], what: str) -> list[tuple[str, Any]]:
         """(name, value) of the fields that are `what`, in the order of their names."""
         found = []
@@ -128,7 +132,7 @@ class Layout:
 
 
 def _fits(record: Mapping[str, Any], names: Names) -> bool:
-    return all(any(name in record for name in names[what]) for what in ("query", "passage"))
+    return all(any(fnmatch.filter(record, name) for name in names[what]) for what in ("query", "passage"))
 
 
 def rows_of(record: Mapping[str, Any], layout: Layout, source: Source, where: str, problems: Problems) -> Iterator[Row]:
@@ -145,16 +149,9 @@ def rows_of(record: Mapping[str, Any], layout: Layout, source: Source, where: st
     try:
         content = identifier(record, layout.names["content"][0])
         queries = _texts(*_first(record, layout, "query"), lambda: _language(record, layout, "query", source))
-        name, value = _first(record, layout, "passage")
-        found = [_passage(name, entry) for entry in _listed(value)]
-        if not found:
-            raise UnreadableError(f"{name!r} is an empty list; write a passage, or leave the row out")
-        positives = [
-            (_texts(name, passage, lambda: _language(record, layout, "passage", source)), key) for passage, key in found
-        ]
+        positives = _positives(record, layout, lambda: _language(record, layout, "passage", source))
         negatives = _negatives(record, layout, next(iter(positives[0][0])))
-        scores = _scores(record, layout, "scores", len(positives))
-        negative_scores = _scores(record, layout, "negative_scores", sum(map(len, negatives.values())))
+        scores, negative_scores = _all_scores(record, layout, len(positives), negatives)
     except UnreadableError as error:
         problems.report(where, str(error))
         return
@@ -175,6 +172,19 @@ def identifier(record: Mapping[str, Any], name: str) -> str | None:
     if isinstance(value, bool | list | dict) or (isinstance(value, float) and not math.isfinite(value)):
         raise UnreadableError(f"{name!r} is {described(value)}; an id is needed: a text or a number, or leave it out")
     return str(value)
+
+
+def _positives(
+    record: Mapping[str, Any], layout: Layout, language: Callable[[], str]
+) -> list[tuple[dict[str, str], str | None]]:
+    """(texts by language, id) of each passage that answers the query."""
+    name, _ = _first(record, layout, "passage")
+    found = [
+        (name, *_passage(name, entry)) for name, value in layout.values(record, "passage") for entry in _listed(value)
+    ]
+    if not found:
+        raise UnreadableError(f"{name!r} is an empty list; write a passage, or leave the row out")
+    return [(_texts(name, passage, language), key) for name, passage, key in found]
 
 
 def _first(record: Mapping[str, Any], layout: Layout, what: str) -> tuple[str, Any]:
@@ -230,8 +240,8 @@ def _passage(name: str, value: object) -> tuple[str | dict[str, str], str | None
 def _chat(name: str, messages: list[dict[str, Any]]) -> str:
     """The text of a chat: what its messages say, one after the other."""
     parts = [message.get("content") for message in messages]
-    if bad := next((part for part in parts if not isinstance(part, str)), None):
-        raise UnreadableError(f"{name!r} has a message whose content is {described(bad)}, a text is needed")
+    if bad := [part for part in parts if not isinstance(part, str)]:
+        raise UnreadableError(f"{name!r} has a message whose content is {described(bad[0])}, a text is needed")
     return "\n".join(parts)
 
 
@@ -272,15 +282,54 @@ def _negatives(record: Mapping[str, Any], layout: Layout, language: str) -> dict
     return found
 
 
-def _scores(record: Mapping[str, Any], layout: Layout, what: str, count: int) -> tuple[float, ...]:
-    """A teacher's scores, one for each of so many passages; () where there are none."""
+def _all_scores(
+    record: Mapping[str, Any], layout: Layout, positives: int, negatives: dict[str, tuple[str, ...]]
+) -> tuple[tuple[float, ...], dict[str, tuple[float, ...]]]:
+    """A teacher's scores of the positives, and of the hard negatives; one list may hold those after these."""
+    counts = {code: len(texts) for code, texts in negatives.items() if texts}
+    (name, value), *_ = layout.values(record, "scores") or [("", None)]
+    if (
+        name in PLAIN["scores"]
+        and len(counts) == 1
+        and isinstance(value, list)
+        and len(value) == positives + sum(counts.values())
+    ):
+        both = _scores(record, layout, "scores", {"": len(value)})[""]
+        return both[:positives], dict.fromkeys(counts, both[positives:])
+    scores = _scores(record, layout, "scores", {"": positives}).get("", ())
+    return scores, _scores(record, layout, "negative_scores", counts)
+
+
+def _scores(
+    record: Mapping[str, Any], layout: Layout, what: str, counts: dict[str, int]
+) -> dict[str, tuple[float, ...]]:
+    """A teacher's scores by language, one for each of so many passages; {} where there are none."""
     for name, value in layout.values(record, what):
-        values = value if isinstance(value, list) else [value]
-        good = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-        if not good or len(values) not in (0, count):
-            raise UnreadableError(f"{name!r} must be {count} numbers, one for each passage; it is {str(value)[:80]}")
-        return tuple(map(float, values))
-    return ()
+        if len(counts) != 1 and not isinstance(value, dict):
+            if value == []:
+                return {}
+            raise UnreadableError(
+                f"{name!r} must be numbers, one for each passage, by language as the passages are; it is "
+                f"{str(value)[:80]}"
+            )
+        by_language = value if isinstance(value, dict) else {next(iter(counts)): value}
+        made = {}
+        for code, entry in by_language.items():
+            values = entry if isinstance(entry, list) else [entry]
+            good = all(isinstance(v, int | float) and not isinstance(v, bool) and _single(v) for v in values)
+            if not good or len(values) not in (0, counts.get(code, 0)):
+                raise UnreadableError(
+                    f"{name!r} must be {counts.get(code, 0)} numbers, one for each passage; it is {str(value)[:80]}"
+                )
+            if values:
+                made[code] = tuple(map(float, values))
+        return made
+    return {}
+
+
+def _single(number: float) -> bool:
+    """Whether a number can be kept in 32 bits."""
+    return abs(number) < 3e38  # and no NaN
 
 
 def _language(record: Mapping[str, Any], layout: Layout, side: str, source: Source) -> str:

@@ -5,6 +5,7 @@ Whatever is in them, what comes out is text, JSON, or a DataError that names the
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import lzma
@@ -32,6 +33,8 @@ BYTE_ORDER_MARKS = {
 }  # fmt: skip
 LARGEST = 2 << 30  # bytes of a document that is read at once; json makes about ten times as much of it
 HALVES = re.compile("[\ud800-\udfff]")
+EMPTY = "{}: empty file; leave it out"
+WHITE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
 @contextmanager
@@ -43,15 +46,50 @@ def opened(path: str) -> Iterator[BinaryIO]:
     """
     import fsspec
 
+    zstandard = path.partition("::")[0].lower().endswith(".zst")
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            # a member of a zip looks for line ends in pieces of 4 KB, in Python
-            yield io.BufferedReader(file, 1 << 20) if isinstance(file, zipfile.ZipExtFile) else file
+        with fsspec.open(path, "rb", compression=None if zstandard else "infer") as file:
+            if zstandard:
+                yield io.BufferedReader(_Zstandard(file), 1 << 20)
+            elif isinstance(file, zipfile.ZipExtFile):  # looks for line ends in pieces of 4 KB, in Python
+                yield io.BufferedReader(file, 1 << 20)
+            else:
+                yield file
     except UserError:
         raise
     except BROKEN as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {reason})") from None
+
+
+class _Zstandard(io.RawIOBase):
+    """What a .zst file holds, in any number of frames; the package's own readers take one that breaks off for whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.frame, self.raw, self.ready = file, None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        from zstandard import ZstdDecompressor, ZstdError
+
+        while not self.ready:
+            self.raw = self.raw or self.file.read(1 << 13)  # which may become thousands of times as much
+            if not self.raw and self.frame is not None:
+                raise EOFError("the file breaks off")
+            if not self.raw:
+                return 0
+            self.frame = self.frame or ZstdDecompressor().decompressobj()
+            try:
+                self.ready, self.raw = memoryview(self.frame.decompress(self.raw)), b""
+            except ZstdError as error:
+                raise ValueError(str(error)) from None
+            if self.frame.eof:
+                self.frame, self.raw = None, self.frame.unused_data
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count
 
 
 def lines(path: str, problems: Problems | None = None, *, rows: bool = True) -> Iterator[tuple[int, str | None]]:
@@ -98,7 +136,7 @@ def lines(path: str, problems: Problems | None = None, *, rows: bool = True) -> 
                     text = None
             yield number, text if text is None else text.rstrip("\r\n")
     if not number:
-        raise DataError(f"{path}: empty file; leave it out")
+        raise DataError(EMPTY.format(path))
 
 
 def _too_long(problems: Problems) -> str:
@@ -131,21 +169,133 @@ def records(path: str, problems: Problems) -> Iterator[tuple[str, dict[str, Any]
         yield where, record
 
 
+def array_records(path: str, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a file that is one JSON array, an element at a time."""
+    text = _Text(path, problems)
+    with opened(path) as text.file:
+        if (first := text.next()) != "[":
+            raise DataError(f"{text.where}: no JSON array; it must begin with [" if first else EMPTY.format(path))
+        text.at += 1
+        found = text.next()
+        if found == "]":
+            text.at += 1
+        while found != "]":
+            text.next()
+            where, record = text.where, text.value()
+            if isinstance(record, dict):
+                yield where, record
+            else:
+                problems.report(where, f"a JSON object is needed, this is {described(record)}")
+            if (found := text.next()) not in (",", "]"):
+                raise DataError(f"{text.where}: not JSON: after an element of an array, a comma or ] is needed")
+            text.at += 1
+        if text.next():
+            raise DataError(f"{text.where}: not JSON: something follows the array's end")
+
+
+class _Text:
+    """A JSON document that is read as far as it is needed.
+
+    Attributes:
+        file: to read from.
+        text: what is in memory.
+        at: the place in it.
+    """
+
+    def __init__(self, path: str, problems: Problems) -> None:
+        self.path, self.problems, self.file = path, problems, io.BytesIO()
+        self.text, self.at = "", 0
+        self.line, self.counted = 1, 0  # the line of a place
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    @property
+    def where(self) -> str:
+        """The place as "file:line"."""
+        self.line += self.text.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return f"{self.path}:{self.line}"
+
+    def next(self) -> str:
+        """Go to the next character that is no white space; "" at the end."""
+        while True:
+            self.at = WHITE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def value(self) -> Any:
+        """The value that begins here; go to its end."""
+        while True:
+            try:
+                value, end = decoded(self.text, self.at)
+                if end < len(self.text) or not self._more():  # else a number may go on
+                    self.at = end
+                    return value
+            except NotJSONError as error:
+                # "Unterminated string" names where it begins; \ud83d\ude00 is the longest that is cut elsewhere
+                begun = error.why.startswith("Unterminated string") or error.at > len(self.text) - 12
+                if not begun or not self._more():
+                    self.at = error.at
+                    raise DataError(f"{self.where}: not JSON: {error.why}") from None
+            except DataError as error:
+                raise DataError(f"{self.where}: {error}") from None
+
+    def _more(self) -> bool:
+        """Read on, twice as much as is there; False at the end of the file."""
+        left = len(self.text) - self.at
+        if left > self.problems.longest_line:
+            raise DataError(
+                f"{self.where}: an element longer than {self.problems.longest_line:,} bytes (data.longest_line); if it "
+                "is one, write a larger data.longest_line"
+            )
+        raw, where = self.file.read(max(1 << 16, left)), self.where
+        if not self.text:
+            _refuse_utf16(raw, self.path)
+        self.text, self.at, self.counted = self.text[self.at :], 0, 0
+        try:
+            more = self.decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{where}: after it comes what is not UTF-8 (0x{error.object[error.start]:02x}); convert the file, for "
+                "instance: iconv -f latin1 -t utf-8"
+            ) from None
+        self.text += more
+        return bool(raw)
+
+
+class NotJSONError(DataError):
+    """A text that is no JSON: why, and where in it."""
+
+    def __init__(self, error: json.JSONDecodeError) -> None:
+        super().__init__(f"not JSON: {error.msg} at column {error.colno}")
+        self.why, self.at, self.line = error.msg, error.pos, error.lineno
+
+
 def parsed(text: str) -> Any:
     """The value that JSON says.
 
     Raises:
-        DataError: it is none (its line is an attribute), or one that Python does not read: too deeply nested, a number
-            of thousands of digits.
+        NotJSONError: it is none.
+        DataError: it is one that Python does not read: too deeply nested, a number of thousands of digits; or has a key
+            twice.
     """
+    begin = WHITE.match(text).end()
+    value, end = decoded(text, begin)
+    end = WHITE.match(text, end).end()
+    if end < len(text):
+        raise NotJSONError(json.JSONDecodeError("Extra data", text, end))
+    return value
+
+
+def decoded(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at a place of a text, and its end; errors as of `parsed`."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return DECODER.raw_decode(text, at)
     except DataError:
         raise
     except json.JSONDecodeError as error:
-        made = DataError(f"not JSON: {error.msg} at column {error.colno}")
-        made.line = error.lineno
-        raise made from None
+        raise NotJSONError(error) from None
     except RecursionError:
         raise DataError("JSON that is too deeply nested to be read") from None
     except ValueError:  # int() of many digits: it takes time as their square
@@ -159,6 +309,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"the key {twice[:60]!r} is there twice; leave one out")
     return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def document(path: str) -> Any:
@@ -181,7 +334,7 @@ def document(path: str) -> Any:
             "iconv -f latin1 -t utf-8"
         ) from None
     if not text.strip():
-        raise DataError(f"{path}: empty file; leave it out")
+        raise DataError(EMPTY.format(path))
     try:
         return parsed(text)
     except DataError as error:

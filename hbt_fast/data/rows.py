@@ -27,7 +27,7 @@ class Row:
             store takes the passage texts alone (equal passage texts always share a content id).
         where: "file:line" (or the like) for error messages.
         score: a teacher's of query and passage; None: there is none.
-        negative_scores: of query and each hard negative, in the order of `negatives`; empty: there are none.
+        negative_scores: language code -> of query and each hard negative; a language that has none is not there.
     """
 
     queries: dict[str, str]
@@ -36,4 +36,4 @@ class Row:
     content: str | None = None
     where: str = ""
     score: float | None = None
-    negative_scores: tuple[float, ...] = ()
+    negative_scores: dict[str, tuple[float, ...]] = field(default_factory=dict)

@@ -156,7 +156,7 @@ def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -
         passages = queries
         if row.passages is not row.queries:
             passages = _texts(row.passages, wanted, problems, lost, wrong)
-        negatives = _negatives(row.negatives, wanted, problems, wrong)
+        negatives, negative_scores = _negatives(row, wanted, problems, wrong)
         for reason in wrong:
             problems.note(row.where, reason)
         there = queries.keys() | passages.keys()
@@ -169,7 +169,7 @@ def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -
         elif len(queries) == len(passages) == 1 and queries == passages:
             tally.lose(MALFORMED if wrong else ALONE, there)  # nothing to learn from
         else:
-            yield Row(queries, passages, negatives, row.content, row.where)
+            yield Row(queries, passages, negatives, row.content, row.where, row.score, negative_scores)
 
 
 def _texts(
@@ -202,11 +202,12 @@ def _texts(
 
 
 def _negatives(
-    negatives: dict[str, tuple[str, ...]], wanted: set[str] | None, problems: Problems, wrong: dict[str, None]
-) -> dict[str, tuple[str, ...]]:
-    """The wanted hard negatives, as `_texts`; empty ones are passed over."""
-    kept = {}
-    for code, texts in negatives.items():
+    row: Row, wanted: set[str] | None, problems: Problems, wrong: dict[str, None]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[float, ...]]]:
+    """The wanted hard negatives, as `_texts`, and their scores; empty ones are passed over."""
+    kept: dict[str, tuple[str, ...]] = {}
+    kept_scores: dict[str, tuple[float, ...]] = {}
+    for code, texts in row.negatives.items():
         try:
             language = normalise(code)
         except DataError as error:
@@ -214,16 +215,20 @@ def _negatives(
             continue
         if not texts or not (wanted is None or language in wanted):
             continue
-        own = []
-        for text in texts:
+        own, own_scores = [], []
+        scores = row.negative_scores.get(code, ())
+        for n, text in enumerate(texts):
             text = unicodedata.normalize("NFC", text).strip()
             reason = _unusable(text, code, problems.longest_text) if text else ""
             if reason:
                 wrong[reason] = None
             elif text:
                 own.append(text)
-        kept[language] = tuple(own)
-    return kept
+                own_scores += scores[n : n + 1]
+        kept[language] = (*kept.get(language, ()), *own)
+        if scores or language in kept_scores:
+            kept_scores[language] = (*kept_scores.get(language, ()), *own_scores)
+    return kept, kept_scores
 
 
 def _unusable(text: str, code: str, longest: int) -> str:
@@ -252,8 +257,9 @@ def _format(source: Source) -> str:
     if found is None and Path(path).is_dir():
         kinds = {CONTAINERS.get(ending(name)) for name in expand(path)} - {None}
         found = "json" if "json" in kinds else next(iter(kinds), None)
-    if found == "json" and (source.files or not is_array(expand(path)[0])):
-        found = "squad"
+    if found == "json":
+        first = next(name for name in expand(path) if ending(name) == ".json")
+        found = "json" if not source.files and is_array(first) else "squad"
     if found is None:
         raise DataError(
             f"{path}: cannot tell the format from the name; set the source's format to squad, jsonl, json, csv, tsv, "
