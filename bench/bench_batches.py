@@ -38,7 +38,7 @@ class Planner:
         for step in range(4):
             q, p = (2 * rng.choice(TEXTS // 2, PAIRS, replace=False) + role for role in (0, 1))
             languages = np.zeros(PAIRS, np.int32)
-            self.plans.append(BatchPlan(step, "mono", 0, q, languages, languages, q, p, p, none, none, none, 0))
+            self.plans.append(BatchPlan(step, "mono", 0, q, languages, languages, q, p, p, none, none, none, 0, p))
 
     def plan(self, step):
         return self.plans[step % 4]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -118,11 +119,12 @@ def run(options: argparse.Namespace, config: Config, load: Load) -> str:
     task = gather(store)
     print(f"{store.rows:,} rows, {len(task.questions):,} queries, {len(task.passage_texts):,} distinct passages")
     print("\n".join(prompts.lines), flush=True)
+    of_sources = _of_sources(options, config, store, prompts)
     encoder, name = load(options.model, config)
     folder = Path(options.cache) if options.cache else Path(config.data.store_dir) / "embeddings"
     vectors = [
-        embed(encoder, store, texts, prompt, folder, name, progress)
-        for texts, prompt in zip((task.query_texts, task.passage_texts), prompts.texts, strict=True)
+        embed(encoder, store, texts, before, folder, name, progress)
+        for texts, before in zip((task.query_texts, task.passage_texts), of_sources, strict=True)
     ]
     found = mine(task, *vectors, options.mining, progress=progress)
     paths = write(options.out, config, store, task, found, options.output_scores)
@@ -138,6 +140,18 @@ def _prompts(options: argparse.Namespace, config: Config) -> Prompts:
     given = {kind: settings.get(kind) if own[kind] is None else own[kind] for kind in KINDS}
     by = "model.{kind}_prompt" if own == dict.fromkeys(KINDS) else "command line"
     return choose_prompts(options.model, given, by=by, option="--{kind}_prompt")
+
+
+def _of_sources(options: argparse.Namespace, config: Config, store: Store, prompts: Prompts) -> list[list[str]]:
+    """The query prompt, then the passage prompt, of each source: its own ones are model.path's, too."""
+    found = []
+    for kind, text, number in zip(KINDS, prompts.texts, (0, 1), strict=True):
+        own = options.model == config.model.path and getattr(options, f"{kind}_prompt") is None
+        found.append([source.roles[number].prompt if own else text for source in store.sources])
+        for source, before in zip(store.sources, found[-1], strict=True):
+            if before != text:
+                print(f"{kind} prompt of source {source.name}: {before!r}", flush=True)
+    return found
 
 
 def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
@@ -156,9 +170,9 @@ def load_encoder(model: str, config: Config) -> tuple[Encoder, str]:
 
 
 def embed(
-    encoder: Encoder, store: Store, texts: np.ndarray, prompt: str, folder: Path, name: str, progress: bool
+    encoder: Encoder, store: Store, texts: np.ndarray, prompts: list[str], folder: Path, name: str, progress: bool
 ) -> Vectors:
-    """Embed texts (n,) TEXT of the store, or find them in the cache.
+    """Embed texts (n,) TEXT of the store, each with the prompt of its source before it, or find them in the cache.
 
     Chunks of a source's texts are files named after all that goes in (`name` stands for the encoder): an interrupted
     run goes on at its chunk, and a source that is added or removed leaves the others' alone.
@@ -181,7 +195,7 @@ def embed(
             for start in range(0, len(of_source), CHUNK):
                 numbers = texts["number"][of_source[start : start + CHUNK]]
                 starts.append(int(of_source[start]))
-                chunks.append(_chunk(encoder, [source.text(n) for n in numbers], prompt, folder, name))
+                chunks.append(_chunk(encoder, [source.text(n) for n in numbers], prompts[number], folder, name))
                 bar.update(len(numbers))
     edges = np.array(starts)
 
@@ -297,7 +311,14 @@ def _record(row: Row, store: Store, task: Task, found: Mined, own: np.ndarray, s
             mined[store.languages[task.questions["language"][question]]] = {"positive": score, "negatives": details}
     record: dict[str, Any] = {"query": row.queries, "passage": row.passages}
     record |= {"negatives": negatives} if negatives else {}
-    record |= {"content": row.content} if row.content is not None else {}
+    if row.negative_scores:  # those that were mined have none
+        scored = {code: row.negative_scores.get(code, ()) for code in negatives}
+        record["negative_scores"] = {
+            code: [None if math.isnan(score) else score for score in own] + [None] * (len(negatives[code]) - len(own))
+            for code, own in scored.items()
+        }
+    others = {"content": row.content, "scores": row.score, "prompt": row.prompt}
+    record |= {name: value for name, value in others.items() if value is not None}
     return record | ({"mined": mined} if scores else {})
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hbt_fast.data.plan import BatchPlanner
     from hbt_fast.data.shares import BatchConfig
-    from hbt_fast.data.store import Role, SourceStore, Store
+    from hbt_fast.data.store import SourceStore, Store
     from hbt_fast.data.tokens_seen import TokensSeen
     from hbt_fast.encoder.prompts import Prompts
 
@@ -29,7 +29,6 @@ SHOWN, CHARACTERS = 12, 300  # languages and pairs, and characters of an example
 
 def overview(
     prompts: Prompts,
-    roles: tuple[Role, Role],
     store: Store,
     tokenizer: PreTrainedTokenizerFast,
     planner: BatchPlanner,
@@ -38,7 +37,6 @@ def overview(
 
     Args:
         prompts: that were chosen.
-        roles: how queries and passages are written.
         store: the token store.
         tokenizer: that its texts were made with.
         planner: of the batches.
@@ -52,7 +50,7 @@ def overview(
             "kind": f"{type(tokenizer).__name__}, {type(tokenizer.backend_tokenizer.model).__name__}",
             "size": len(tokenizer),
         },
-        "sources": [_source(source, tokens_seen(source, tokenizer, *roles)) for source in store.sources],
+        "sources": [_source(source, tokens_seen(source, tokenizer)) for source in store.sources],
         "examples": _examples(store, tokenizer),
         "language pairs": _pairs(store, planner),
         "not used": _not_used(store, planner.batch),
@@ -64,6 +62,9 @@ def _not_used(store: Store, batch: BatchConfig) -> list[str]:
     said, default = [], type(batch)()
     if batch.hard_negatives and not any(len(source.negative_texts) for source in store.sources):
         said.append(f"batch.hard_negatives is {batch.hard_negatives}, and the data has none")
+    for source, number in zip(store.sources, store.hard_negatives, strict=False):
+        if number and not len(source.negative_texts):
+            said.append(f"hard_negatives of source {source.name} is {number}, and it has none")
     if batch.strategy != "hybrid":
         for name in ("alpha", "alpha_end"):
             if (value := getattr(batch, name)) != getattr(default, name):
@@ -97,6 +98,7 @@ def _source(source: SourceStore, seen: list[TokensSeen]) -> dict:
         },
         "layouts": list(source.layouts),
         "contents": source.contents,
+        "prompts": [role.prompt for role in source.roles],
         "hard negatives": len(source.negative_texts),
         "languages": languages,
     }
@@ -139,7 +141,7 @@ def in_words(found: dict) -> str:
         lines.append(f"{kind} prompt {prompt['text']!r} ({prompt['from']}{hint})")
     lines.append(f"tokenizer: {found['tokenizer']['kind']}, {found['tokenizer']['size']:,} tokens")
     for source in found["sources"]:
-        lines += _source_in_words(source)
+        lines += _source_in_words(source, [prompt["text"] for prompt in found["prompts"].values()])
     for kind, example in found["examples"].items():
         text = example["text"]
         cut = "" if len(text) <= CHARACTERS else " ..."
@@ -151,7 +153,7 @@ def in_words(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _source_in_words(source: dict) -> list[str]:
+def _source_in_words(source: dict, prompts: list[str]) -> list[str]:
     said = f"{source['name']}: {source['kept']:,} of {source['read']:,} rows"
     by_reason: dict[str, list[str]] = {reason: [] for reason in source["left out"]}
     for code, lost in source["left out by language"].items():
@@ -169,6 +171,8 @@ def _source_in_words(source: dict) -> list[str]:
             layouts[-1] += f"; not read: {_some(layout['not read'])}"
         if (found := [name for name in layout["not read"] if "neg" in name.lower()]) and not source["hard negatives"]:
             layouts[-1] += f"; hard negatives, perhaps? Set the source's fields: {{negatives: {found[0]}}}"
+    if source["prompts"] != prompts:
+        layouts.append("  prompts of its own: query {!r}, passage {!r}".format(*source["prompts"]))
     if source["hard negatives"]:
         said += f"; {source['hard negatives'] / source['kept']:.1f} hard negatives a row"
     languages, unknown, cut = [], [], []

@@ -18,7 +18,7 @@ from hbt_fast.data.feed import rank_batch
 from hbt_fast.data.plan import BatchPlanner
 from hbt_fast.engine.step import FIRST_TOKENS
 from hbt_fast.overview import in_words, overview
-from hbt_fast.prepare import prepare, resolve, roles
+from hbt_fast.prepare import prepare, resolve
 
 SAMPLE = 200  # language pairs and padding are counted over at most so many steps, spread over the run
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, prompts = resolve(parse("hbt_fast.plan", __doc__.splitlines()[0], arguments))
     store, tokenizer = prepare(config)
     planner = BatchPlanner(store, config.batch, seed=config.train.seed, steps=config.train.steps)
-    known = overview(prompts, roles(config.model), store, tokenizer, planner)
+    known = overview(prompts, store, tokenizer, planner)
     print(in_words(known) + "\n", flush=True)
     budget = config.train.micro_batch_tokens
     budget = FIRST_TOKENS["cpu"] if budget == "auto" else budget
@@ -73,8 +73,11 @@ def report(planner: BatchPlanner, steps: int, budget: int) -> tuple[str, DrawCou
         lines.append(f"{pairs:>12,} {source.rows:>13,} {source.contents:>13,}  {source.name}")
     counts, padding = _sample(planner, steps, budget)
     lines += ["", f"over {min(SAMPLE, steps)} of these steps: {padding}"]
-    if planner.batch.hard_negatives:
-        lines.append(f"{counts.excluded:,} hard negatives passed over: the batch had their content already")
+    if any(planner.hard_negatives):
+        lines.append(
+            f"{counts.excluded:,} hard negatives passed over: the batch had their content already, or another row says "
+            "that they answer the query"
+        )
     lines += ["", *_table(counts)]
     return "\n".join(lines), counts
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BLOCK = 1 << 22  # elements of an array looked at at a time
+OF_ALL = ("weight", "prompts", "hard_negatives")  # settings that sources of one name share
 
 
 @program("hbt_fast.prepare")
@@ -90,12 +92,13 @@ def _groups(config: Config) -> dict[str, list[Source]]:
     for source in config.data.sources:
         groups.setdefault(source_name(source), []).append(source)
     for name, group in groups.items():
-        if len({source.weight for source in group}) > 1:
-            weights = ", ".join(str(source.weight) for source in group)
-            raise DataError(
-                f"data.sources: those named {name!r} are one source, but their weights are {weights}; write one "
-                "weight, or other names"
-            )
+        for setting in OF_ALL:
+            found = [getattr(source, setting) for source in group]
+            if any(value != found[0] for value in found):
+                raise DataError(
+                    f"data.sources: those named {name!r} are one source, but their {setting} differs: "
+                    f"{', '.join(map(str, found))}; write one, or other names"
+                )
     return groups
 
 
@@ -106,7 +109,7 @@ def _inputs(config: Config, group: Iterable[Source]) -> list[object]:
     if data.on_error == "skip":  # elsewhere they end the run, and change no row
         parts += [data.longest_line, data.longest_text]
     for source in group:
-        parts += [replace(source, weight=None), *input_files(source)]
+        parts += [replace(source, weight=None, hard_negatives=None), *input_files(source)]
     return parts
 
 
@@ -148,47 +151,73 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
 
 
 def _texts(config: Config) -> Iterator[str]:
-    for row in rows_of(config, config.data.sources, Tally()):
-        yield from (config.model.query_prompt + text for text in row.queries.values())
-        yield from (config.model.passage_prompt + text for text in row.passages.values())
+    for group in _groups(config).values():
+        rows, (query, passage) = _with_roles(config, group, Tally())
+        for row in rows:
+            yield from (query.prompt + text for text in row.queries.values())
+            yield from (passage.prompt + text for text in row.passages.values())
+
+
+def _with_roles(config: Config, group: list[Source], tally: Tally) -> tuple[Iterator[Row], tuple[Role, Role]]:
+    """The rows of a group of sources, and how they are written: its own prompts, those of its records, or of all."""
+    rows = rows_of(config, group, tally)
+    given, (query, passage) = group[0].prompts, roles(config.model)
+    if "query" not in given and (first := next(rows, None)) is not None:
+        rows = _of_one_prompt(chain([first], rows), first.prompt)
+        given = given if first.prompt is None else {**given, "query": first.prompt}
+    return rows, (
+        replace(query, prompt=given.get("query", query.prompt)),
+        replace(passage, prompt=given.get("passage", passage.prompt)),
+    )
+
+
+def _of_one_prompt(rows: Iterable[Row], prompt: str | None) -> Iterator[Row]:
+    """The rows; see that their records name one prompt."""
+    for row in rows:
+        if row.prompt != prompt:
+            raise DataError(
+                f"{row.where}: its prompt is {row.prompt!r}, that of the rows before it {prompt!r}, and a source has "
+                "one. Write a file for each prompt, or set the source's prompts: {query: ...}, which stands before all"
+            )
+        yield row
 
 
 def _store(config: Config, tokenizer: PreTrainedTokenizerFast, verify: bool) -> Store:
     """The sources' stores, found or built."""
-    query, passage = roles(config.model)
     made, weights, made_of = [], [], []
     for name, group in _groups(config).items():
-        parts = [name, *_inputs(config, group), query, passage, *tokenizer_parts(tokenizer)]
+        parts = [name, *_inputs(config, group), *roles(config.model), *tokenizer_parts(tokenizer)]
         contents = xxhash.xxh3_128()
         folder = Path(config.data.store_dir) / f"source-{fingerprint(parts, contents)}"
         if folder.is_dir():
             made.append(SourceStore.open(folder, verify=verify))
         else:
-            rows, skip = rows_of(config, group, tally := Tally()), config.data.on_error == "skip"
-            made.append(build_source(folder, name, rows, tokenizer, query, passage, tally=tally, skip=skip))
+            (rows, own), skip = _with_roles(config, group, tally := Tally()), config.data.on_error == "skip"
+            made.append(build_source(folder, name, rows, tokenizer, *own, tally=tally, skip=skip))
         if (listing := folder / "skipped.txt").exists() and verify:  # of an earlier run, too
             count = listing.read_text(encoding="utf-8").count("\n")
             print(f"{count:,} malformed rows left out (data.on_error: skip), listed in {listing}", flush=True)
         weights.append(group[0].weight)
-        settings = [asdict(replace(source, weight=None)) for source in group]
+        settings = [asdict(replace(source, weight=None, hard_negatives=None)) for source in group]
         made_of.append(
             {
                 "contents of files": contents.hexdigest()[:16],
                 "source": settings[0] if len(settings) == 1 else settings,
                 "languages": config.data.languages,
                 "on_error": config.data.on_error,
-                "query": asdict(query),
-                "passage": asdict(passage),
+                "query": asdict(made[-1].roles[0]),
+                "passage": asdict(made[-1].roles[1]),
                 "tokenizer": fingerprint(tokenizer_parts(tokenizer)),
                 "store": fingerprint([folder / "source.json"]),  # which has the checksums of the arrays
             }
         )
-    return Store(tuple(made), tuple(weights), tuple(made_of))
+    hard_negatives = tuple(group[0].hard_negatives for group in _groups(config).values())
+    return Store(tuple(made), tuple(weights), tuple(made_of), hard_negatives)
 
 
 def _check_tokens(config: Config, store: Store, tokenizer: PreTrainedTokenizerFast) -> None:
     """Say where the tokenizer hardly knows a language, and refuse where it does not."""
-    seen = [one for source in store.sources for one in tokens_seen(source, tokenizer, *roles(config.model))]
+    seen = [one for source in store.sources for one in tokens_seen(source, tokenizer)]
     for line in check_unknown(seen, config.model.path):
         print(line, flush=True)
 

@@ -42,7 +42,7 @@ from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.step import Stepper
 from hbt_fast.engine.validation import Validation
 from hbt_fast.overview import in_words, overview
-from hbt_fast.prepare import prepare, resolve, roles
+from hbt_fast.prepare import prepare, resolve
 from hbt_fast.report import before_and_after, write_model_card
 from hbt_fast.settings import check_config
 
@@ -92,7 +92,7 @@ def _train(config: Config, prompts: Prompts, world: World, run: Path, log: RunLo
     check_loss(config.loss, towers.queries.dimension)
     identity = run_identity(config, planner, rewrite, towers)
     make_alike(world, config, identity, towers)
-    known = overview(prompts, roles(config.model), store, tokenizer, planner) if world.first else {}
+    known = overview(prompts, store, tokenizer, planner) if world.first else {}
     log.say(in_words(known))
     towers.to(world.device)
     resumed = Checkpoint(0, {}, {}, {})
@@ -175,7 +175,7 @@ def make_rewrite(store: Store, tokenizer: PreTrainedTokenizerFast, config: Confi
     """What replaces words of the batches' texts, where code-switching is on."""
     if not config.batch.code_switch.lexicons and config.batch.strategy != "code-switched":
         return None
-    switching = Switching(config.batch.code_switch, store, tokenizer, *roles(config.model), seed=config.train.seed)
+    switching = Switching(config.batch.code_switch, store, tokenizer, seed=config.train.seed)
     if switching.unswitched:
         codes = ", ".join(switching.unswitched)
         log.say(f"code switching: the lexicons have no word of {codes}; texts in these languages stay as they are")

@@ -24,11 +24,23 @@ def nothing(length):
     return array
 
 
-def source(rows, languages, *, name="made", has=None, contents=None, bitext=False, negatives=None, huge=False):
+def source(
+    rows,
+    languages,
+    *,
+    name="made",
+    has=None,
+    contents=None,
+    bitext=False,
+    negatives=None,
+    huge=False,
+    questions=None,
+    answers=None,
+):
     """Every row in every language, or where `has` (rows, languages) says so; content r unless given.
 
     Text numbers: 2 * (row * L + language), and one more for the passage. `negatives`: per row, its
-    (language number, text, content) entries.
+    (language number, text, content) entries. `questions`: of each row, or -1; `answers`: the contents of each question.
     """
     count = len(languages)
     if has is None:
@@ -47,6 +59,7 @@ def source(rows, languages, *, name="made", has=None, contents=None, bitext=Fals
         queries, passages = fixed(2 * where), fixed(2 * where + 1)
     entries = [entry for row in negatives or () for entry in row]
     ends = np.cumsum([0, *map(len, negatives)]) if negatives else [0]
+    begins = np.cumsum([0, *(len(own) + 1 for own in answers or ())])
     return SourceStore(
         folder=Path(name),
         name=name,
@@ -75,6 +88,10 @@ def source(rows, languages, *, name="made", has=None, contents=None, bitext=Fals
         negative_languages=fixed([e[0] for e in entries], np.int32),
         negative_texts=fixed([e[1] for e in entries]),
         negative_contents=fixed([e[2] for e in entries]),
+        row_scores=fixed([np.nan], np.float32),
+        negative_scores=fixed([np.nan] if entries else [], np.float32),
+        row_answers=fixed([] if answers is None else [begins[q] if q >= 0 else q for q in questions]),
+        answers=fixed([number for own in answers or () for number in (len(own), *own)]),
     )
 
 

@@ -22,7 +22,7 @@ def lexicons(tmp_path):
 
 
 def switching(store, tokenizer, lexicons, seed=0, **settings):
-    return Switching(CodeSwitch(lexicons=lexicons, **settings), store, tokenizer, QUERY, PASSAGE, seed=seed)
+    return Switching(CodeSwitch(lexicons=lexicons, **settings), store, tokenizer, seed=seed)
 
 
 def texts_of(batch, tokenizer):

@@ -36,7 +36,8 @@ class MadeUp:
         contents, negative_contents = np.split(rng.permutation(1000)[: n + len(owners)], [n])
         rows, queries, passages, negatives = numbers
         pairs = (rows, languages, languages, queries, passages, contents)
-        return BatchPlan(step, "mono", step % 2, *pairs, negatives, negative_contents, owners, 0)
+        ids = np.concatenate([pairs[-1], negative_contents])
+        return BatchPlan(step, "mono", step % 2, *pairs, negatives, negative_contents, owners, 0, ids)
 
 
 @pytest.fixture(scope="module")

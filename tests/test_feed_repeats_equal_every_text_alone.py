@@ -39,7 +39,8 @@ def problem():
     negatives, owners = np.array([50, 51, 52, 53, 51]), np.array([1, 1, 4, 9, 11])
     pairs = (np.arange(N), languages, languages, queries, passages, passages)
     contents = np.where(negatives == 50, 30, negatives)
-    return BatchPlan(0, "mono", 0, *pairs, negatives, contents, owners, 0), source
+    ids = np.concatenate([pairs[-1], contents])
+    return BatchPlan(0, "mono", 0, *pairs, negatives, contents, owners, 0, ids), source
 
 
 def encoder():

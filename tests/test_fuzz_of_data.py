@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from hbt_fast.base.errors import UserError
+from hbt_fast.data.build import _plain
 from hbt_fast.data.lexicon import Lexicon
 from hbt_fast.data.problems import Tally
 from hbt_fast.data.sources import Source, read_source
@@ -112,7 +113,7 @@ def read(**source):
                 assert all(t == t.strip() != "" and t.encode() for side in sides for t in side.values())
                 assert all(type(code) is str for side in sides for code in side)
             if rows:
-                made = encode([(row.queries, row.passages, row.negatives, row.content, row.where) for row in rows])
+                made = encode([_plain(row) for row in rows])
                 assert len(made.get("field_counts", ())) + len(made["refused"]) == len(rows)
 
 

@@ -1,6 +1,7 @@
 """The batch plan: no content twice in a global batch, no pair twice in an epoch, a pure function of (seed, step)."""
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hbt_fast.data.plan import BatchPlanner
+from hbt_fast.data.questions import list_answers
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.shares import BatchConfig
 from hbt_fast.data.sources import Source, read_source
@@ -48,7 +50,16 @@ def test_whatever_the_data_the_guarantees_hold(data):
         for _ in range(rows)
     ]
     negatives = [[(code, text, text + rows // 2) for code, text, _ in entries] for entries in negatives]
-    source = synthetic.source(rows, languages, has=has, contents=contents, negatives=negatives)
+    questions, answers = np.full(rows, -1), []
+    if rng.random() < 0.7:  # question -1 has one content; of the others some are answered by contents of no row
+        questions = np.unique(rng.integers(-1, rows // 2 + 1, rows), return_inverse=True)[1] - 1
+        of_row = np.arange(rows) if contents is None else contents
+        more = [rng.integers(0, 2 * rows, rng.choice([0, 2, 30])).tolist() for _ in range(questions.max() + 1)]
+        answers = [sorted({*own, *of_row[questions == q].tolist()}) for q, own in enumerate(more)]
+        questions[(questions < 0) & np.isin(of_row, list(chain(*answers)))] = -2
+    source = synthetic.source(
+        rows, languages, has=has, contents=contents, negatives=negatives, questions=questions, answers=answers
+    )
     batch = BatchConfig(
         int(rng.integers(1, 9)), strategy=data.draw(st.sampled_from(STRATEGIES)),
         hard_negatives=int(rng.integers(0, 4)), cross_pairs=data.draw(st.sampled_from(["mixed", "one"])),
@@ -66,13 +77,24 @@ def test_whatever_the_data_the_guarantees_hold(data):
         assert has[plan.rows, plan.passage_languages].all()
         every = [*plan.contents.tolist(), *plan.negative_contents.tolist()]
         assert len(set(every)) == len(every)
+        right = [set(answers[q]) if q >= 0 else set() for q in questions[plan.rows]]
+        groups = [{i} for i in range(len(every))]
+        for i, own in enumerate(right):
+            for j in (j for j, content in enumerate(every) if content in own):
+                both = groups[i] | groups[j]
+                for k in both:
+                    groups[k] = both
+        ids = plan.passage_ids
+        assert all(set(np.flatnonzero(ids == ids[i]).tolist()) == group for i, group in enumerate(groups))
+        assert [every[min(group)] for group in groups] == ids.tolist()
         for i in range(batch.size):
             own = [n for n in negatives[plan.rows[i]] if n[0] == plan.passage_languages[i]]
             mine = plan.negatives[plan.negative_rows == i].tolist()
             assert len(mine) <= batch.hard_negatives
             assert set(mine) <= {text for _, text, _ in own}
-            if len(mine) < batch.hard_negatives:  # all others would have repeated a content
-                assert {content for _, _, content in own} <= set(every)
+            assert not right[i] & {c for n, c in enumerate(plan.negative_contents) if plan.negative_rows[n] == i}
+            if len(mine) < batch.hard_negatives:  # all others would have repeated a content, or answer the query
+                assert {content for _, _, content in own} <= {*every, *right[i]}
         per_epoch = plans.strata[number[0]].contents // batch.size
         epochs.setdefault((number[0], number[1] // per_epoch), []).extend(plan.contents.tolist())
     assert all(len(set(seen)) == len(seen) for seen in epochs.values())
@@ -85,6 +107,76 @@ def test_equal_passage_texts_are_one_content_across_questions_and_translations(t
     contents = made(tmp_path / "s", tokenizer, ("a", rows)).sources[0].row_contents.tolist()
     assert len({contents[i] for i in (0, 1, 2, 3, 6)}) == 1
     assert len(set(contents)) == 3
+
+
+def test_no_answer_of_a_question_is_its_negative(tokenizer, tmp_path):
+    rows = [Row({"en": f"Which {i}?"}, {"en": f"first {i}"}, {"en": (f"second {i}", f"no {i}")}) for i in range(8)]
+    rows += [Row({"en": f"which  {i}?"}, {"en": f"second {i}"}) for i in range(8)]
+    rows += [Row({"en": f"other {i}?"}, {"en": f"third {i}"}) for i in range(8)]
+    rows += [Row({"en": f"other {i}?"}, {"en": f"second {i}"}) for i in range(8)]  # of two questions
+    store = made(tmp_path / "s", tokenizer, ("a", rows))
+    answers = {f"which {i}": {f"first {i}", f"second {i}"} for i in range(8)}
+    answers |= {f"other {i}": {f"third {i}", f"second {i}"} for i in range(8)}
+    plans, source, met = planner(store, size=12, strategy="mono", hard_negatives=1), store.sources[0], 0
+    for step in range(60):
+        plan = plans.plan(step)
+        passages = [source.text(n) for n in (*plan.passages, *plan.negatives)]
+        assert all(source.text(n).startswith("no ") for n in plan.negatives)
+        for query, own in zip(plan.queries, plan.passage_ids, strict=False):
+            right = answers[" ".join(source.text(query).lower().rstrip("?").split())]
+            for passage, other in zip(passages, plan.passage_ids, strict=True):
+                assert own == other or passage not in right
+        met += len(passages) - len(set(plan.passage_ids.tolist()))
+    assert met > 60
+
+
+def test_a_question_is_one_in_all_its_languages(tokenizer, tmp_path):
+    rows = [
+        Row({"en": "who?", "de": "wer?"}, {"en": "a"}),
+        Row({"de": "WER?", "fr": "qui ?"}, {"en": "b"}),
+        Row({"fr": "qui ?"}, {"en": "c"}),
+        Row({"fr": "où ?"}, {"en": "d"}),
+        Row({"en": "again?"}, {"en": "e"}),
+        Row({"en": "again?"}, {"en": "E"}),  # one content
+        Row({"en": "other?"}, {"en": "B"}),  # which answers the first question
+    ]
+    source = made(tmp_path / "s", tokenizer, ("a", rows)).sources[0]
+    assert source.row_answers.tolist() == [0, 0, 0, -1, -1, -1, -2]
+    assert source.answers.tolist() == [3, *source.row_contents[:3].tolist()]
+    assert source.row_contents[6] == source.row_contents[1]
+    alone = made(tmp_path / "t", tokenizer, ("a", rows[2:6])).sources[0]
+    assert len(alone.row_answers) == len(alone.answers) == 0
+
+
+@pytest.mark.parametrize("block", [4, 1 << 20])
+@pytest.mark.parametrize("seed", range(6))
+def test_questions_are_numbered_by_their_first_row(tmp_path, monkeypatch, seed, block):
+    monkeypatch.setattr("hbt_fast.data.contents.BLOCK", block)
+    monkeypatch.setattr("hbt_fast.data.questions.BLOCK", block)
+    rng = np.random.default_rng(seed)
+    count = 40
+    keys = [set(rng.integers(0, 200, rng.integers(1, 3)).tolist()) for _ in range(count)]
+    contents = np.unique(rng.integers(0, 25, count), return_inverse=True)[1] if seed % 2 else np.empty(0, np.int64)
+    groups = list(range(count))  # of rows that share a key, transitively: each by its first
+    for key in range(200):
+        some = {groups[row] for row in range(count) if key in keys[row]}
+        groups = [min(some) if group in some else group for group in groups]
+    of_row = contents.tolist() if len(contents) else list(range(count))
+    answers = {g: sorted({of_row[row] for row in range(count) if groups[row] == g}) for g in sorted(set(groups))}
+    several = [g for g, own in answers.items() if len(own) > 1]
+    assert several
+    rows, lists = [], []
+    found = list_answers(
+        np.array([key for own in keys for key in own], np.uint64),
+        np.repeat(np.arange(count), [len(own) for own in keys]),
+        contents, count, tmp_path / "work", *(lambda part, to=to: to.extend(part.tolist()) for to in (rows, lists)),
+    )  # fmt: skip
+    assert found == len(several)
+    assert lists == [number for g in several for number in (len(answers[g]), *answers[g])]
+    begins = dict(zip(several, np.cumsum([0, *(len(answers[g]) + 1 for g in several)]).tolist(), strict=False))
+    listed = {content for g in several for content in answers[g]}
+    assert rows == [begins.get(g, -2 if content in listed else -1) for g, content in zip(groups, of_row, strict=True)]
+    assert not (tmp_path / "work").exists()
 
 
 def test_rows_of_one_content_id_are_one_content_whatever_their_texts(tokenizer, tmp_path):

@@ -49,8 +49,8 @@ def put(config, name, value):
     if first.endswith("[0]"):
         new = [put(Source(path="x.jsonl"), rest, value)] if rest else [value]
     elif part:
-        inner = {"files": "x.txt", "fields": "x", "language_weights": 1.0}[key]
-        new = {value: inner} if part == "key" else {"de" if key != "fields" else "query": value}
+        inner = {"files": "x.txt", "fields": "x", "prompts": "x", "language_weights": 1.0}[key]
+        new = {value: inner} if part == "key" else {"query" if key in ("fields", "prompts") else "de": value}
     else:
         new = put(getattr(config, key), rest, value) if rest else value
     return replace(config, **{key: new})

@@ -255,7 +255,7 @@ def test_sources_of_one_name_are_one(configured, tmp_path):
     store, _ = prepare(configured(a, b))
     assert [(s.name, s.rows) for s in store.sources] == [("both", 2)]
     assert [q["en"] for q, _, _ in read_back(store.sources[0])] == ["ask a", "ask b"]
-    with pytest.raises(DataError, match="named 'both' are one source, but their weights are None, 2"):
+    with pytest.raises(DataError, match="named 'both' are one source, but their weight differs: None, 2"):
         prepare(configured(a, {**b, "weight": 2}))
 
 

@@ -18,7 +18,7 @@ QUERY, PASSAGE = Role("Query: ", 40), Role("Passage: ", 40)
 def look(tokenizer, tmp_path):
     def made(rows):
         (source,) = build_store(tmp_path, [("s", None, rows)], tokenizer, QUERY, PASSAGE).sources
-        return tokens_seen(source, tokenizer, QUERY, PASSAGE)
+        return tokens_seen(source, tokenizer)
 
     return made
 
@@ -41,7 +41,7 @@ def test_of_texts_without_a_prompt_every_token_is_counted_and_no_special_one(tok
     rows = [Row({"en": f"red {i}"}, {"en": f"ж blue {i}"}) for i in range(9)]
     plain = Role("", 40)
     (source,) = build_store(tmp_path, [("s", None, rows)], tokenizer, plain, plain).sources
-    (one,) = tokens_seen(source, tokenizer, plain, plain)
+    (one,) = tokens_seen(source, tokenizer)
     texts = [text["en"] for row in rows for text in (row.queries, row.passages)]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert one.tokens == sum(map(len, ids))
@@ -103,5 +103,5 @@ def test_a_byte_level_tokenizer_has_no_unknown_tokens(tmp_path):
     byte_level = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     rows = [Row({"ru": f"что {i}"}, {"ru": f"это {i}"}) for i in range(9)]
     (source,) = build_store(tmp_path, [("s", None, rows)], byte_level, QUERY, PASSAGE).sources
-    (one,) = tokens_seen(source, byte_level, QUERY, PASSAGE)
+    (one,) = tokens_seen(source, byte_level)
     assert (one.unknown, one.tokens > 50) == (0, True)

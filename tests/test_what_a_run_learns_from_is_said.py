@@ -108,7 +108,7 @@ def test_every_figure_is_of_its_side_language_and_step(tokenizer, tmp_path, monk
     planned, plan_one = [], planner.plan
     monkeypatch.setattr(planner, "plan", lambda step: planned.append(step) or plan_one(step))
     prompts = Prompts(Prompt("query", "", "nowhere", "E5 was trained otherwise"), Prompt("passage", "", "nowhere"))
-    found = overview(prompts, roles, store, tokenizer, planner)
+    found = overview(prompts, store, tokenizer, planner)
     (source,) = found["sources"]
     assert (source["read"], source["kept"], source["contents"], source["hard negatives"]) == (24, 24, 12, 10)
     ru, en = (source["languages"][code].pop("first") for code in ("ru", "en"))
@@ -128,4 +128,4 @@ def test_every_figure_is_of_its_side_language_and_step(tokenizer, tmp_path, monk
     assert "0.4 hard negatives a row\n  queries/passages: en 0/24, ru 24/0\n" in words
     assert "language pairs, query-passage, of 40 steps: ru-en 100.0%" in words
     planner = BatchPlanner(store, BatchConfig(size=8, strategy="cross"), steps=2)
-    assert overview(prompts, roles, store, tokenizer, planner)["language pairs"]["steps"] == 2
+    assert overview(prompts, store, tokenizer, planner)["language pairs"]["steps"] == 2

@@ -91,7 +91,7 @@ def build_source(
                 with closing(Draft(work, _identity(name, chunk_rows, setup))) as draft:
                     if not draft.complete:
                         _fill(draft, name, rows, setup, workers, progress, chunk_rows, tally)
-                    draft.finish(name)
+                    draft.finish(name, (query, passage))
             _publish(work, folder)
     return SourceStore.open(folder)
 
@@ -191,7 +191,7 @@ def _encoded(chunks: Iterator[list[PlainRow]], setup: tuple, workers: int | None
 
 
 def _plain(row: Row) -> PlainRow:
-    return row.queries, row.passages, row.negatives, row.content, row.where
+    return PlainRow(*(getattr(row, name) for name in PlainRow._fields))
 
 
 @contextmanager

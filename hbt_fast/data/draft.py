@@ -13,10 +13,14 @@ import numpy as np
 from hbt_fast.base.files import sync, write_whole, writing
 from hbt_fast.data.contents import label_contents
 from hbt_fast.data.growing import HEADER, GrowingArray, GrowingPeriodic, GrowingSpans
-from hbt_fast.data.store import ARRAYS, FORMAT, checksum
+from hbt_fast.data.questions import list_answers
+from hbt_fast.data.store import ARRAYS, FORMAT, Role, checksum
 
-SPANS, PERIODIC = ("field_offsets", "negative_offsets"), ("field_languages", "field_mono")
-KEYS = {"keys": np.uint64, "key_nodes": np.int64}  # what label_contents takes; no part of the store
+SPANS = ("field_offsets", "negative_offsets")
+PERIODIC = ("field_languages", "field_mono", "row_scores", "negative_scores")
+KEYS = {  # what label_contents and list_answers take; no part of the store
+    "keys": np.uint64, "key_nodes": np.int64, "question_keys": np.uint64, "question_rows": np.int64,
+}  # fmt: skip
 HELPERS = {**KEYS, "refused": np.uint8}  # and a line of JSON for each row that was left out: number, languages, why
 INSTEAD = "make room and start again, it goes on where it stopped; or set data.store_dir to another place"
 
@@ -103,6 +107,10 @@ class Draft:
         arrays["negative_languages"].append(numbers[chunk["negative_languages"]])
         for name in ("field_queries", "field_passages", "negative_texts"):
             arrays[name].append(np.where(chunk[name] < 0, -1, texts + chunk[name]))
+        arrays["row_scores"].append(chunk["row_scores"], 1)
+        arrays["negative_scores"].append(chunk["negative_scores"], 1)
+        arrays["question_keys"].append(chunk["question_keys"])
+        arrays["question_rows"].append(self.rows + chunk["question_key_rows"])
         arrays["keys"].append(chunk["keys"])
         arrays["key_nodes"].append(self.rows + chunk["key_rows"])
         arrays["keys"].append(chunk["negative_keys"])
@@ -151,15 +159,15 @@ class Draft:
         self.journal.flush()
         os.fsync(self.journal.fileno())
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, roles: tuple[Role, Role]) -> None:
         """Number the contents, write the .npy headers and source.json: after it the store is whole."""
         with writing(self.folder, INSTEAD):
-            self._finish(name)
+            self._finish(name, roles)
 
-    def _finish(self, name: str) -> None:
+    def _finish(self, name: str, roles: tuple[Role, Role]) -> None:
         for key in KEYS:
             self.arrays[key].finish()
-        keys, nodes = (np.load(self.folder / f"{key}.npy", mmap_mode="r") for key in KEYS)
+        keys, nodes, question_keys, question_rows = (self._read(key) for key in KEYS)
         contents = label_contents(
             keys,
             nodes,
@@ -169,9 +177,23 @@ class Draft:
             self.arrays["row_contents"].append,
             self.arrays["negative_contents"].append,
         )
+        if contents < self.rows:
+            self.arrays["row_contents"].finish()
+            row_contents = self._read("row_contents")
+        else:
+            row_contents = np.empty(0, np.int64)
+        list_answers(
+            question_keys,
+            question_rows,
+            row_contents,
+            self.rows,
+            self.folder / "questions",
+            *(self.arrays[name].append for name in ("row_answers", "answers")),
+        )
         meta = {
             "format": FORMAT,
             "name": name,
+            "roles": [[role.prompt, role.max_length] for role in roles],
             "languages": list(self.languages),
             "rows": self.rows,
             "contents": contents,
@@ -181,6 +203,9 @@ class Draft:
             "arrays": {array: self.arrays[array].finish() for array in ARRAYS},
         }
         write_whole(self.folder / "source.json", json.dumps({**meta, "xxh3_64": checksum(meta)}, indent=1))
+
+    def _read(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def close(self) -> None:
         """Let go of the files."""

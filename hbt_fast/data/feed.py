@@ -61,7 +61,7 @@ class RankBatch:
         micro_batches: the distinct texts, packed; `index` counts in order of their first occurrence.
         budget: tokens per micro-batch, padding included.
         inverse: (2n + h,) int64 which distinct text each text is; None if no two are equal.
-        passage_ids: (n + h,) int64 content ids of the passages, then of the negatives.
+        passage_ids: (n + h,) int64 those of the plan, of the passages, then of the negatives.
         tokens: how many tokens the encoder reads, each distinct text once.
     """
 
@@ -117,7 +117,7 @@ def rank_batch(
     mine[rows] = True
     extra = np.flatnonzero(mine[plan.negative_rows])
     texts = np.concatenate([plan.queries[rows], plan.passages[rows], plan.negatives[extra]])
-    passage_ids = np.concatenate([plan.contents[rows], plan.negative_contents[extra]])
+    passage_ids = plan.passage_ids[np.concatenate([rows, len(plan.rows) + extra])]
     numbers, tokens, offsets, hashes = texts, source.tokens, source.token_offsets, source.token_hashes
     if rewrite is not None:
         roles = np.repeat(np.array([QUERY, PASSAGE, NEGATIVE], np.int8), [len(rows), len(rows), len(extra)])

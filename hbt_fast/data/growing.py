@@ -134,6 +134,11 @@ class GrowingSpans:
         self.array.close()
 
 
+def _equal(some: np.ndarray, others: np.ndarray) -> bool:
+    """Whether values are the same ones, NaN included."""
+    return bool(((some == others) | ((some != some) & (others != others))).all())
+
+
 class GrowingPeriodic:
     """A periodic array; one period as long as the values repeat: those of the first row, or one number if all equal."""
 
@@ -145,8 +150,8 @@ class GrowingPeriodic:
         if not len(values):
             return
         if self.length == 0:
-            self.period = values[:1] if (values[:first] == values[0]).all() else values[:first]
-        if not self.array.length and (self._repeated(self.length, len(values)) != values).any():
+            self.period = values[:1] if _equal(values[:first], values[:1]) else values[:first]
+        if not self.array.length and not _equal(self._repeated(self.length, len(values)), values):
             for start in range(0, self.length, BLOCK):
                 self.array.append(self._repeated(start, min(BLOCK, self.length - start)))
             self.array.append(values)

@@ -26,6 +26,7 @@ Names = dict[str, tuple[str, ...]]  # what a field is, as "negatives" -> what re
 PLAIN = {
     "content": ("content",), "id": ("id",), "language": ("language",), "query_language": ("query_language",),
     "passage_language": ("passage_language",), "scores": ("scores", "score"), "negative_scores": ("negative_scores",),
+    "prompt": ("prompt",),
 }  # fmt: skip
 NEGATIVES = ("negative", "negatives", "negative_*", "negative[0-9]*")
 LAYOUTS: dict[str, Names] = {  # the first whose query and passage a record has
@@ -151,13 +152,14 @@ def rows_of(record: Mapping[str, Any], layout: Layout, source: Source, where: st
         queries = _texts(*_first(record, layout, "query"), lambda: _language(record, layout, "query", source))
         positives = _positives(record, layout, lambda: _language(record, layout, "passage", source))
         negatives = _negatives(record, layout, next(iter(positives[0][0])))
+        prompt = _prompt(record, layout)
         scores, negative_scores = _all_scores(record, layout, len(positives), negatives)
     except UnreadableError as error:
         problems.report(where, str(error))
         return
     for n, (passages, key) in enumerate(positives):
         score = scores[n] if scores else None
-        yield Row(queries, passages, negatives, content or key, where, score=score, negative_scores=negative_scores)
+        yield Row(queries, passages, negatives, content or key, where, score, negative_scores, prompt)
 
 
 def identifier(record: Mapping[str, Any], name: str) -> str | None:
@@ -282,6 +284,15 @@ def _negatives(record: Mapping[str, Any], layout: Layout, language: str) -> dict
     return found
 
 
+def _prompt(record: Mapping[str, Any], layout: Layout) -> str | None:
+    """What the record puts before its query."""
+    for name, value in layout.values(record, "prompt"):
+        if not isinstance(value, str):
+            raise UnreadableError(_no_text(name, value))
+        return value
+    return None
+
+
 def _all_scores(
     record: Mapping[str, Any], layout: Layout, positives: int, negatives: dict[str, tuple[str, ...]]
 ) -> tuple[tuple[float, ...], dict[str, tuple[float, ...]]]:
@@ -303,7 +314,7 @@ def _all_scores(
 def _scores(
     record: Mapping[str, Any], layout: Layout, what: str, counts: dict[str, int]
 ) -> dict[str, tuple[float, ...]]:
-    """A teacher's scores by language, one for each of so many passages; {} where there are none."""
+    """A teacher's scores by language, one for each of so many passages, NaN for null; {} where there are none."""
     for name, value in layout.values(record, what):
         if len(counts) != 1 and not isinstance(value, dict):
             if value == []:
@@ -316,13 +327,15 @@ def _scores(
         made = {}
         for code, entry in by_language.items():
             values = entry if isinstance(entry, list) else [entry]
-            good = all(isinstance(v, int | float) and not isinstance(v, bool) and _single(v) for v in values)
+            good = all(
+                v is None or (isinstance(v, int | float) and not isinstance(v, bool) and _single(v)) for v in values
+            )
             if not good or len(values) not in (0, counts.get(code, 0)):
                 raise UnreadableError(
                     f"{name!r} must be {counts.get(code, 0)} numbers, one for each passage; it is {str(value)[:80]}"
                 )
             if values:
-                made[code] = tuple(map(float, values))
+                made[code] = tuple(math.nan if v is None else float(v) for v in values)
         return made
     return {}
 

@@ -9,6 +9,8 @@ from epoch to epoch, and the row its languages, drawn from the pairs it has.
 
 From this follow, for every step and without any state:
 - no two rows of a global batch share a content id, so none has another's positive, nor a translation of it;
+- a passage of the batch that answers another row's query too, be it in a row that is not in the batch, has the passage
+  id of that row's own: the loss takes neither for a negative of the other's query;
 - within an epoch of a stratum no content, and so no row, comes twice (its last, incomplete batch is left out; a new
   epoch permutes anew, so that each time others are left out);
 - any rank at any world size computes the same global batch, in time proportional to the batch.
@@ -21,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from hbt_fast.data.draws import ODD, KroneckerSchedule, below, draw, key_of, mix, permute, scale
+from hbt_fast.data.answers import Answers, among, new, unite_answers
+from hbt_fast.data.draws import ODD, KroneckerSchedule, below, draw, key_of, permute, scale
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.shares import (
     BatchConfig,
@@ -68,7 +71,10 @@ class BatchPlan:
         negative_contents: (H,) int64 their content ids, all different, none among `contents`.
         negative_rows: (H,) int64 position in the batch of the row each was drawn for, rising; its language is that of
             the row's passage.
-        excluded: how many hard negatives were passed over because the batch had their content already.
+        excluded: how many hard negatives were passed over because the batch had their content already, or because they
+            answer their row's query elsewhere.
+        passage_ids: (N + H,) int64 of the passages, then the hard negatives, for the loss: their content ids, but one
+            id where a passage answers the other's query too.
     """
 
     step: int
@@ -84,6 +90,7 @@ class BatchPlan:
     negative_contents: np.ndarray
     negative_rows: np.ndarray
     excluded: int
+    passage_ids: np.ndarray
 
 
 class BatchPlanner:
@@ -98,6 +105,7 @@ class BatchPlanner:
     Attributes:
         strata: what batches are drawn from.
         shares: per stratum, its share of the steps of its kind.
+        hard_negatives: per source, how many a pair has at most.
 
     Raises:
         DataError: the data cannot serve the strategy, a stratum has fewer contents than a batch, or a setting is out
@@ -130,6 +138,9 @@ class BatchPlanner:
         self.weights = [np.empty(0) if uniform else scaled[numbers] for numbers in store.language_numbers]
         self.planned = 0
         self.fields = [fields_of(source) for source in store.sources]
+        own = store.hard_negatives or (None,) * len(store.sources)
+        self.hard_negatives = [batch.hard_negatives if number is None else number for number in own]
+        self.answers = [Answers(source.row_answers, source.answers) for source in store.sources]
 
     def stratum(self, step: int) -> tuple[int, int]:
         """The number of a step's stratum, and how many earlier steps had it."""
@@ -148,6 +159,7 @@ class BatchPlanner:
         number, visits = self.stratum(step)
         stratum, size = self.strata[number], self.batch.size
         source, fields = self.store.sources[stratum.source], self.fields[stratum.source]
+        answers = self.answers[stratum.source]
         epoch, position = divmod(visits, stratum.contents // size)
         rows, contents, a, b, queries, passages = _draw(
             fields,
@@ -170,19 +182,24 @@ class BatchPlanner:
             source.negative_languages,
             source.negative_texts,
             source.negative_contents,
-            self.batch.hard_negatives,
+            answers,
+            self.hard_negatives[stratum.source],
             key_of(self.seed, 2, step),
         )
+        passage_ids = np.concatenate([contents, negatives[1]])
+        if len(answers.rows):
+            unite_answers(rows, passage_ids, answers)
         self.planned += size
         if self.planned >= MAPPED:  # a pair touches several pages, which would all stay resident
             self.planned = 0
-            arrays = (*fields, stratum.rows, stratum.content_offsets, source.negative_texts, source.negative_contents)
+            arrays = (*fields, stratum.rows, stratum.content_offsets, source.negative_texts, source.negative_contents,
+                      *answers)  # fmt: skip
             if sum(array.nbytes for array in arrays) > RESIDENT:
                 unmap(arrays)
         numbers = self.store.language_numbers[stratum.source]
         kind = KINDS[stratum.wanted.kind]
         pairs = (rows, numbers[a], numbers[b], queries, passages, contents)
-        return BatchPlan(step, kind, stratum.source, *pairs, *negatives)
+        return BatchPlan(step, kind, stratum.source, *pairs, *negatives, passage_ids)
 
     def _check_sizes(self) -> None:
         small = [(n, s.contents) for n, s in enumerate(self.strata) if s.contents < self.batch.size]
@@ -313,10 +330,13 @@ def _draw_negatives(
     negative_languages: np.ndarray,
     texts: np.ndarray,
     negative_contents: np.ndarray,
+    answers: Answers,
     most: int,
     key: np.uint64,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Up to `most` hard negatives per row, in the language of its passage, of contents the batch does not have yet."""
+    """Up to `most` hard negatives per row, in the language of its passage, of contents the batch does not have yet and
+    that do not answer its query.
+    """
     chosen, owner, excluded = np.empty(len(rows) * most, np.int64), np.empty(len(rows) * most, np.int64), 0
     total = 0
     if not most or (len(offsets) == 1 and offsets[0] == 0):
@@ -327,9 +347,11 @@ def _draw_negatives(
     seen = np.full(mask, -1)  # the contents of the batch, hashed
     mask -= 1
     for content in contents:
-        _new(seen, mask, content)
+        new(seen, mask, content)
+    row_answers, lists = answers.rows, answers.lists
     matching = np.empty(64, np.int64)
     for i in range(len(rows)):
+        right = row_answers[rows[i]] if len(row_answers) else -1
         begin, end = span(offsets, rows[i])
         if end - begin > len(matching):
             matching = np.empty(2 * (end - begin), np.int64)
@@ -344,7 +366,9 @@ def _draw_negatives(
                 break
             j = k + below(key, i * 4096 + k, count - k)
             matching[k], matching[j] = matching[j], matching[k]
-            if _new(seen, mask, negative_contents[matching[k]]):
+            content = negative_contents[matching[k]]
+            wrong = right < 0 or not among(lists, right + 1, lists[right], content)
+            if wrong and new(seen, mask, content):
                 chosen[total], owner[total] = matching[k], i
                 total += 1
                 taken += 1
@@ -352,15 +376,3 @@ def _draw_negatives(
                 excluded += 1
     found = chosen[:total]
     return texts[found], negative_contents[found], owner[:total], excluded
-
-
-@njit(cache=True, nogil=True)
-def _new(table: np.ndarray, mask: int, content: int) -> bool:
-    """Put a content into a hash table with open addressing; False if it was there."""
-    slot = np.int64(mix(np.uint64(content))) & mask
-    while table[slot] != -1:
-        if table[slot] == content:
-            return False
-        slot = (slot + 1) & mask
-    table[slot] = content
-    return True

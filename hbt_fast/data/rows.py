@@ -27,6 +27,7 @@ class Row:
             store takes the passage texts alone (equal passage texts always share a content id).
         where: "file:line" (or the like) for error messages.
         score: a teacher's of query and passage; None: there is none.
+        prompt: before its queries, instead of that of all; None: it has none of its own.
         negative_scores: language code -> of query and each hard negative; a language that has none is not there.
     """
 
@@ -37,3 +38,4 @@ class Row:
     where: str = ""
     score: float | None = None
     negative_scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    prompt: str | None = None

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from hbt_fast.base.ranges import NAME, PATH, one_of, ranges, real, whole
+from hbt_fast.base.ranges import NAME, PATH, TEXT, one_of, ranges, real, whole
 from hbt_fast.data.languages import LANGUAGE, normalise
 from hbt_fast.data.problems import (
     ALONE,
@@ -32,7 +32,7 @@ from hbt_fast.data.rows import DataError, Row
 
 NAMES = (
     "query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id", "scores",
-    "negative_scores",
+    "negative_scores", "prompt",
 )  # fmt: skip
 Format = Literal["auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "lines", "hf", "cldr"]
 Layout = Literal["auto", "pairs", "flagembedding", "tevatron", "dpr", "messages", "anchors", "triplets"]
@@ -50,6 +50,8 @@ Layout = Literal["auto", "pairs", "flagembedding", "tevatron", "dpr", "messages"
     split=NAME,
     config=NAME,
     limit=whole(1),
+    prompts=(one_of("query", "passage"), TEXT),
+    hard_negatives=whole(0, 2**16),
     weight=real(0, 1e9),
 )
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Source:
         columns: tsv: the names of the columns of a file without a first line that names them.
         documents: lines: a file with the document of each line, so that next does not pair across documents.
         fields: what this source calls query, passage, negatives, content, language, query_language,
-            passage_language, id, scores, negative_scores, as {query: question}; or several fields, as {negatives:
-            [negative_1, negative_2]}, in which * stands for anything.
+            passage_language, id, scores, negative_scores, prompt, as {query: question}; or several fields, as
+            {negatives: [negative_1, negative_2]}, in which * stands for anything.
         layout: what the fields of records mean: pairs (query, passage, negatives), flagembedding (query, pos, neg),
             tevatron (query, positive_passages, negative_passages), dpr (question, positive_ctxs, hard_negative_ctxs),
             messages (messages, positive_messages, negative_messages), anchors (anchor, positive, negative, negative_1
@@ -85,6 +87,9 @@ class Source:
         split: hf: the split.
         config: hf: the data set's configuration.
         limit: take only so many rows.
+        prompts: before its queries and passages, as {query: ..., passage: ...}, instead of those of the model; without
+            it, the query prompt that its records name (FlagEmbedding's field "prompt").
+        hard_negatives: per pair at most, instead of batch.hard_negatives.
         weight: how often batches come from here, relative to other sources; null: by size.
     """
 
@@ -105,6 +110,8 @@ class Source:
     split: str = "train"
     config: str | None = None
     limit: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    hard_negatives: int | None = None
     weight: float | None = None
 
 
@@ -169,7 +176,9 @@ def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -
         elif len(queries) == len(passages) == 1 and queries == passages:
             tally.lose(MALFORMED if wrong else ALONE, there)  # nothing to learn from
         else:
-            yield Row(queries, passages, negatives, row.content, row.where, row.score, negative_scores)
+            yield Row(
+                queries, passages, negatives, row.content, row.where, row.score, negative_scores, prompt=row.prompt
+            )
 
 
 def _texts(

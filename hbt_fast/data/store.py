@@ -13,13 +13,20 @@
     field_mono         bool    query and passage are there and differ: it serves monolingual batches; periodic
     negative_offsets   span    row r has the hard negatives span(negative_offsets, r)
     negative_languages, negative_texts, negative_contents
+    row_scores         float32 a teacher's of each row's query and passage, NaN where there is none; periodic
+    negative_scores    float32 of the row's query and each hard negative; periodic
+    row_answers        int64   where the list of the contents that answer the row's query begins in answers; where all
+                               rows that ask the same have one content -1, or -2 if that answers another query, too,
+                               which has several; empty: all are -1
+    answers            int64   of each list its length, then the content ids, ascending
 
 What every row has alike is not written a billion times. A *span* array (int64) has rows + 1 offsets, or one number:
 the count that all rows have. A *periodic* array that is shorter than its domain repeats.
 
 Texts are stored as the model reads them: with the prompt of their role and the tokenizer's special tokens, cut to the
 length limit. Rows whose passages have equal text (after Unicode and case folding), or to which the source gives one
-content id, share a content id, transitively. A batch has one source, so content ids are those of a source.
+content id, share a content id, transitively. Rows of which a query has equal text, in any language, are one question.
+A batch has one source, so content ids are those of a source.
 
 Every source is a folder of its own, named after the hash of all that went into it: an unchanged one is found again,
 and adding one to a training set leaves the others alone. `hbt_fast.data.build` writes them.
@@ -40,7 +47,7 @@ from numba import njit
 from hbt_fast.data.rows import DataError
 from hbt_fast.data.tokenise import folded  # noqa: F401 - how passage texts are compared is part of the format
 
-FORMAT = 3
+FORMAT = 4
 ARRAYS = {
     "tokens": np.int32,
     "token_offsets": np.int64,
@@ -57,6 +64,10 @@ ARRAYS = {
     "negative_languages": np.int32,
     "negative_texts": np.int64,
     "negative_contents": np.int64,
+    "row_scores": np.float32,
+    "negative_scores": np.float32,
+    "row_answers": np.int64,
+    "answers": np.int64,
 }
 BLOCK = 1 << 24  # bytes read at a time when checksums are verified
 
@@ -95,6 +106,7 @@ class SourceStore:
     Attributes:
         folder: where it lies.
         name: of the source.
+        roles: how its queries and its passages are written.
         languages: the language codes, in the order of this source's language numbers.
         rows: number of rows.
         contents: number of different contents of rows; their ids are 0 .. contents - 1.
@@ -131,6 +143,11 @@ class SourceStore:
     negative_languages: np.ndarray
     negative_texts: np.ndarray
     negative_contents: np.ndarray
+    row_scores: np.ndarray
+    negative_scores: np.ndarray
+    row_answers: np.ndarray
+    answers: np.ndarray
+    roles: tuple[Role, Role] = (Role("", 512), Role("", 512))
     read: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     read_by_language: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -169,7 +186,8 @@ class SourceStore:
         facts = {key: meta[key] for key in ("name", "rows", "contents", "counts")}
         tally = meta["tally"]
         return cls(
-            folder=folder, languages=tuple(meta["languages"]), **facts, **arrays,
+            folder=folder, languages=tuple(meta["languages"]), roles=tuple(Role(*role) for role in meta["roles"]),
+            **facts, **arrays,
             read=tally.get("read", meta["rows"]), left_out=tally.get("left_out", {}),
             read_by_language=tally.get("languages", {}), layouts=tuple(tally.get("layouts", ())),
             refused=tuple(meta["refused"]),
@@ -217,12 +235,14 @@ class Store:
     Attributes:
         sources: in the order of the configuration; their number is what a batch plan calls source.
         weights: per source, the sampling weight its configuration gave, or None.
+        hard_negatives: per source, how many its configuration gave, or None; empty: none gave any.
         made_of: per source, what its rows and texts depend on, by name (JSON).
     """
 
     sources: tuple[SourceStore, ...]
     weights: tuple[float | None, ...]
     made_of: tuple[dict, ...] = ()
+    hard_negatives: tuple[int | None, ...] = ()
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -243,6 +263,9 @@ class Store:
             source.name: {"rows": source.rows, "weight": weight, **parts}
             for source, weight, parts in zip(self.sources, self.weights, described, strict=True)
         }
+        for source, number in zip(self.sources, self.hard_negatives, strict=False):
+            if number is not None:
+                data[source.name]["hard negatives"] = number
         return {"sources": [source.name for source in self.sources], "data": data}
 
     @property

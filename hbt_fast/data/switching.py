@@ -13,7 +13,7 @@ from hbt_fast.data.draws import draw, key_of
 from hbt_fast.data.feed import QUERY
 from hbt_fast.data.lexicon import Lexicon
 from hbt_fast.data.rows import DataError
-from hbt_fast.data.store import Role, SourceStore, Store
+from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.data.tokenise import ChunkEncoder
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ class Switching:
         config: the settings, with at least one lexicon.
         store: whose texts.
         tokenizer: that made the store; a copy is used.
-        query, passage: prompts and length limits that the store was made with.
         seed: of the run.
 
     Attributes:
@@ -45,8 +44,6 @@ class Switching:
         config: CodeSwitch,
         store: Store,
         tokenizer: PreTrainedTokenizerFast,
-        query: Role,
-        passage: Role,
         *,
         seed: int,
     ) -> None:
@@ -64,7 +61,12 @@ class Switching:
             )
         self.switcher.check([code for code in store.languages if self.known[code]])
         core, options = tokenizer.backend_tokenizer.to_str(), tokenizer_options(tokenizer)
-        self.encoder = ChunkEncoder(core, options, [(role.prompt, role.max_length) for role in (query, passage)])
+        all_roles = {tuple((role.prompt, role.max_length) for role in source.roles) for source in store.sources}
+        encoders = {roles: ChunkEncoder(core, options, roles) for roles in sorted(all_roles)}
+        self.encoders = {
+            source.name: encoders[tuple((role.prompt, role.max_length) for role in source.roles)]
+            for source in store.sources
+        }
 
     def __call__(
         self, plan: BatchPlan, source: SourceStore, texts: np.ndarray, roles: np.ndarray, rows: np.ndarray
@@ -78,10 +80,11 @@ class Switching:
         keys = _keys(key_of(plan.step), plan.rows[rows], is_query, texts)
         before = [source.text(texts[i]) for i in chosen]
         after = self.switcher.switch(before, [codes[i] for i in chosen], keys[chosen].tolist())
+        encoder = self.encoders[source.name]
         ids: list[np.ndarray | None] = [None] * len(texts)
         for role in (0, 1):
             mine = [k for k, i in enumerate(chosen) if is_query[i] == (role == 0) and after[k] != before[k]]
-            for k, tokens in zip(mine, self.encoder.encode(role, [after[k] for k in mine]), strict=True):
+            for k, tokens in zip(mine, encoder.encode(role, [after[k] for k in mine]), strict=True):
                 ids[chosen[k]] = np.array(tokens, np.int32)
         made = [source.text_tokens(texts[i]) if own is None else own for i, own in enumerate(ids)]
         return np.concatenate(made), np.cumsum([0, *map(len, made)])

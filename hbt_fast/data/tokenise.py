@@ -15,15 +15,27 @@ import sys
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
-PlainRow = tuple[dict[str, str], dict[str, str], dict[str, tuple[str, ...]], str | None, str]
 PASSAGE_KEY, CONTENT_KEY = 1, 2  # seeds: a source's content ids and passage texts are different key spaces
+NO_SCORE = float("nan")
 AT_ONCE = 1 << 22  # characters that are tokenised at a time: the tokenizers library takes some 40 bytes for each
+
+
+class PlainRow(NamedTuple):
+    """A `hbt_fast.data.rows.Row` on its way to another process; see there."""
+
+    queries: dict[str, str]
+    passages: dict[str, str]
+    negatives: dict[str, tuple[str, ...]]
+    content: str | None
+    where: str
+    score: float | None = None
+    negative_scores: dict[str, tuple[float, ...]] = {}
 
 
 class RowError(ValueError):
@@ -83,33 +95,35 @@ class ChunkEncoder:
         one role is one text. Language numbers are places in `languages`.
 
         Args:
-            rows: (queries, passages, negatives, content, where) of each row.
+            rows: or lists of their values.
 
         Returns:
             taken: number of rows; tail: the mark of the last; refused: [number in the chunk, languages, "where: why"]
             of those that are left out. And of the others, if there are any: languages: list of codes; field_counts,
             negative_counts: (rows,) int64; token_counts, character_counts: (texts,) int64; keys: uint64, with the row
-            of each in key_rows: what makes rows one content; negative_keys: (negatives,) uint64; the rest is described
-            in `hbt_fast.data.store`.
+            of each in key_rows: what makes rows one content; negative_keys: (negatives,) uint64; question_keys,
+            question_key_rows: what makes rows one question; the rest is described in `hbt_fast.data.store`.
 
         Raises:
             RowError: a row without query or passage, a text without any token or with half of a surrogate pair.
         """
+        rows = [PlainRow(*row) for row in rows]
         numbers, kept, refused, made = range(len(rows)), rows, [], {}
         while kept and not made:
             try:
                 made = self._arrays(kept)
             except _RefusedError as error:
-                reasons = {i: f"{kept[i][4]}: {why}" for i, why in error.reasons.items()}
+                reasons = {i: f"{kept[i].where}: {why}" for i, why in error.reasons.items()}
                 if not self.skip:
                     raise RowError(next(iter(reasons.values()))) from None
-                refused += [[numbers[i], sorted({*kept[i][0], *kept[i][1]}), why] for i, why in reasons.items()]
+                for i, why in reasons.items():
+                    refused.append([numbers[i], sorted({*kept[i].queries, *kept[i].passages}), why])
                 numbers = [n for i, n in enumerate(numbers) if i not in reasons]
                 kept = [row for i, row in enumerate(kept) if i not in reasons]
         return {"taken": len(rows), "tail": mark(rows[-1]), "refused": sorted(refused), **made}
 
     def _arrays(self, rows: Sequence[PlainRow]) -> dict[str, Any]:
-        if bad := [i for i, row in enumerate(rows) if not row[0] or not row[1]]:
+        if bad := [i for i, row in enumerate(rows) if not row.queries or not row.passages]:
             raise _RefusedError(dict.fromkeys(bad, "a row needs at least one query and one passage"))
         try:
             return self._made(rows)
@@ -121,51 +135,52 @@ class ChunkEncoder:
 
     def _made(self, rows: Sequence[PlainRow]) -> dict[str, Any]:
         raw: list[bytes] = []  # the texts in UTF-8, in the order of their numbers
-        query_numbers: dict[str, int] = {}
-        passages_seen: dict[str, tuple[int, int]] = {}  # text -> number, key
+        queries_seen: dict[str, tuple[int, int]] = {}  # text -> number, key
+        passages_seen: dict[str, tuple[int, int]] = {}
 
-        def query_number(text: str) -> int:
-            number = query_numbers.setdefault(text, len(raw))
-            if number == len(raw):
+        def entry(seen: dict[str, tuple[int, int]], text: str) -> tuple[int, int]:
+            found = seen.get(text)
+            if found is None:
                 raw.append(text.encode())
-            return number
-
-        def passage_entry(text: str) -> tuple[int, int]:
-            entry = passages_seen.get(text)
-            if entry is None:
-                raw.append(text.encode())
-                entry = passages_seen[text] = len(raw) - 1, _key(text)
-            return entry
+                found = seen[text] = len(raw) - 1, _key(text)
+            return found
 
         languages: dict[str, int] = {}
         fields: tuple[list[int], list[int], list[int], list[bool]] = ([], [], [], [])
-        negatives: tuple[list[int], list[int], list[int]] = ([], [], [])
-        field_counts, negative_counts, keys, key_rows = [], [], [], []
-        for index, (queries, passages, hard, content, _) in enumerate(rows):
-            own = set()
+        negatives: tuple[list[int], list[int], list[int], list[float]] = ([], [], [], [])
+        field_counts, negative_counts, keys, key_rows, question_keys, question_rows = [], [], [], [], [], []
+        for index, (queries, passages, hard, content, _, _, scores) in enumerate(rows):
+            own, asked = set(), set()
             codes = queries.keys() if queries.keys() == passages.keys() else queries.keys() | passages.keys()
             for code in codes if len(codes) == 1 else sorted(codes):
                 query, passage = queries.get(code), passages.get(code)
                 fields[0].append(languages.setdefault(code, len(languages)))
-                fields[1].append(-1 if query is None else query_number(query))
+                number, question = (-1, 0) if query is None else entry(queries_seen, query)
+                fields[1].append(number)
+                if query is not None:
+                    asked.add(question)
                 if passage is None:
                     fields[2].append(-1)
                     fields[3].append(False)
                     continue
-                number, key = passage_entry(passage)
+                number, key = entry(passages_seen, passage)
                 own.add(key)
                 fields[2].append(number)
-                fields[3].append(query is not None and query != passage and _key(query) != key)
+                fields[3].append(query is not None and query != passage and question != key)
             field_counts.append(len(codes))
             if content is not None:
                 own.add(xxhash.xxh3_64_intdigest(content.encode("utf-8", "surrogatepass"), CONTENT_KEY))
             for key in own:
                 keys.append(key)
                 key_rows.append(index)
+            for key in asked:
+                question_keys.append(key)
+                question_rows.append(index)
             count = 0
             for code, several in hard.items():
+                negatives[3].extend(scores.get(code) or [NO_SCORE] * len(several))
                 for text in several:
-                    number, key = passage_entry(text)
+                    number, key = entry(passages_seen, text)
                     negatives[0].append(languages.setdefault(code, len(languages)))
                     negatives[1].append(number)
                     negatives[2].append(key)
@@ -174,9 +189,8 @@ class ChunkEncoder:
 
         count = len(raw)
         ids: list[list[int]] = [[]] * count
-        passage_numbers = (number for number, _ in passages_seen.values())
-        self._encode(self.roles[0], query_numbers, query_numbers.values(), ids, rows)
-        self._encode(self.roles[1], passages_seen, passage_numbers, ids, rows)
+        for role, seen in zip(self.roles, (queries_seen, passages_seen), strict=True):
+            self._encode(role, seen, (number for number, _ in seen.values()), ids, rows)
         token_counts = np.fromiter(map(len, ids), np.int64, count)
         tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(token_counts.sum()))
         in_bytes = memoryview(tokens).cast("B")
@@ -197,9 +211,13 @@ class ChunkEncoder:
             "negative_counts": np.array(negative_counts, np.int64),
             "negative_languages": np.array(negatives[0], np.int32),
             "negative_texts": np.array(negatives[1], np.int64),
+            "negative_scores": np.array(negatives[3], np.float32),
+            "row_scores": np.array([NO_SCORE if row.score is None else row.score for row in rows], np.float32),
             "negative_keys": np.array(negatives[2], np.uint64),
             "keys": np.array(keys, np.uint64),
             "key_rows": np.array(key_rows, np.int64),
+            "question_keys": np.array(question_keys, np.uint64),
+            "question_key_rows": np.array(question_rows, np.int64),
         }
 
     def encode(self, role: int, texts: Sequence[str]) -> list[list[int]]:
@@ -219,7 +237,7 @@ class ChunkEncoder:
         """Put the token ids of a role's texts into `ids`, at their numbers."""
         prompt, limit = role
         self.core.enable_truncation(limit, direction=self.side)
-        encoded = (self.core.encode_batch_fast([prompt + text for text in part]) for part in _parts(texts))
+        encoded = map(self.core.encode_batch_fast, _parts(prompt + text for text in texts))
         nothing = set()
         for text, number, one in zip(texts, numbers, chain.from_iterable(encoded), strict=True):
             ids[number] = found = one.ids
@@ -255,8 +273,9 @@ def _half_pair(text: str) -> bool:
 def _with_text(rows: Sequence[PlainRow], bad: Callable[[str], bool], why: str) -> dict[int, str]:
     """The rows that have a bad text, by number, and what is wrong with the first of these."""
     found = {}
-    for i, (queries, passages, hard, _, _) in enumerate(rows):
-        text = next(filter(bad, chain(queries.values(), passages.values(), *hard.values())), None)
+    for i, row in enumerate(rows):
+        texts = chain(row.queries.values(), row.passages.values(), *row.negatives.values())
+        text = next(filter(bad, texts), None)
         if text is not None:
             found[i] = why.format(text[:60])
     return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hbt_fast.data.rows import DataError
-from hbt_fast.data.store import Role, SourceStore
+from hbt_fast.data.store import SourceStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,16 +54,12 @@ class TokensSeen:
         return self.unknown / self.tokens if self.tokens else 0.0
 
 
-def tokens_seen(
-    source: SourceStore, tokenizer: PreTrainedTokenizerFast, query: Role, passage: Role
-) -> list[TokensSeen]:
+def tokens_seen(source: SourceStore, tokenizer: PreTrainedTokenizerFast) -> list[TokensSeen]:
     """Look at the first texts of each language of a source; nothing is tokenised again.
 
     Args:
         source: what was tokenised.
         tokenizer: by which.
-        query: prompt and length limit of queries.
-        passage: of passages.
 
     Returns:
         one per language that has texts, sorted by code.
@@ -72,11 +68,11 @@ def tokens_seen(
     ignored = np.array(sorted(set(tokenizer.all_special_ids) - {unknown}), np.int32)
     found = []
     texts = [_first_texts(source, fields) for fields in (source.field_queries, source.field_passages)]
-    prompts = [tokenizer(role.prompt, add_special_tokens=False)["input_ids"] for role in (query, passage)]
+    prompts = [tokenizer(role.prompt, add_special_tokens=False)["input_ids"] for role in source.roles]
     for number, code in sorted(enumerate(source.languages), key=lambda pair: pair[1]):
         tokens = unknowns = 0
         cut = []
-        for role, prompt, first in zip((query, passage), prompts, texts, strict=True):
+        for role, prompt, first in zip(source.roles, prompts, texts, strict=True):
             cut.append(0)
             for text in first[number]:
                 ids = source.text_tokens(text)

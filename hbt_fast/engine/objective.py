@@ -93,6 +93,7 @@ class Objective:
             p_Md,
             scale=scale,
             passage_ids=self.passage_ids,
+            query_ids=self.passage_ids[: self.queries] if settings.symmetric else None,
             duplicates=settings.duplicates,
             symmetric=settings.symmetric,
             false_negative_margin=settings.false_negative_margin,
