@@ -38,6 +38,7 @@ EXTRAS = {
         "datasets>=4.0",  # sources of format hf
         "numpy>=2.0",  # the pyarrow that datasets brings refuses an older one
     ],
+    "ir-datasets": ["ir-datasets>=0.5.9"],  # sources of this format; the oldest that was tried
     "st": [
         "sentence-transformers>=6.0",  # its losses' drop-ins; checks exported models
         "accelerate>=1.0",  # its trainer, and transformers' own

@@ -10,25 +10,11 @@ from hbt_fast.base.errors import UserError
 from hbt_fast.base.ranges import check
 from hbt_fast.data.code_switch import check_switching
 from hbt_fast.data.shares import check_settings
+from hbt_fast.data.sources import refuse_unheeded
 
 if TYPE_CHECKING:
     from hbt_fast.config import Config, LossConfig, ModelConfig
     from hbt_fast.data.sources import Source
-
-ONLY = {  # settings of a source that only some formats heed
-    "bitext": ("auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "hf"),
-    "passage": ("auto", "squad", "jsonl"),
-    "pair": ("auto", "lines"),
-    "columns": ("auto", "csv", "tsv"),
-    "quoting": ("auto", "csv", "tsv"),
-    "layout": ("auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "hf"),
-    "documents": ("auto", "lines"),
-    "split": ("hf",),
-    "config": ("hf",),
-    "path": ("auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "lines", "hf"),
-    "files": ("auto", "squad", "jsonl", "tmx", "lines"),
-    "exclude_paragraphs_of": ("auto", "squad"),
-}
 
 
 def check_config(config: Config) -> None:
@@ -60,13 +46,7 @@ def check_config(config: Config) -> None:
 def _check_source(source: Source, name: str) -> None:
     if source.format != "cldr" and (source.path is None) == (not source.files):
         raise UserError(f"{name}: give either path or files (one file per language)")
-    unlike = type(source)()
-    for setting, formats in ONLY.items():
-        if source.format not in formats and getattr(source, setting) != getattr(unlike, setting):
-            raise UserError(
-                f"{name}.{setting} is set, which format {source.format} has no use for; leave it out, or write another "
-                f"format ({_listed(formats)})"
-            )
+    refuse_unheeded(source, source.format, name)
 
 
 def _check_temperature(loss: LossConfig) -> None:

@@ -167,7 +167,7 @@ def test_the_recipes_are_in_range(path):
             ["data.sources=[{format: cldr, path: a}]"],
             r"data.sources\[0\].path is set, which format cldr has no use for",
         ),
-        (["data.sources=[{path: a.tsv, split: dev}]"], r"split is set, which format auto has no use for"),
+        (["data.sources=[{path: a.tsv, config: x}]"], r"config is set, which format auto has no use for"),
         (
             ["data.languages=[]"],
             r"data.languages is \[\]; write a list, each of its entries a language code .* or null",
@@ -186,7 +186,7 @@ SET = {
     "layout": "pairs",
 }  # fmt: skip
 HEEDED = {
-    "auto": SET.keys() - {"split", "config"},
+    "auto": SET.keys() - {"config"},
     "squad": {"passage", "path", "files", "exclude_paragraphs_of", "layout"},
     "jsonl": {"bitext", "passage", "path", "files", "layout"},
     "json": {"bitext", "path", "layout"},
@@ -197,6 +197,8 @@ HEEDED = {
     "tmx": {"bitext", "path", "files"},
     "lines": {"pair", "documents", "path", "files"},
     "hf": {"bitext", "split", "config", "path", "layout"},
+    "judged": {"split", "path"},
+    "ir_datasets": {"path"},
     "cldr": set(),
 }
 

@@ -222,6 +222,20 @@ def _loaded(path: str, source: Source) -> Iterator[dict[str, Any]]:
         ) from None
 
 
+def read_judged(source: Source, problems: Problems) -> Iterator[Row]:
+    """A folder with a corpus, queries and judgements; see `hbt_fast.data.judged`."""
+    from hbt_fast.data.judged import read_folder
+
+    return read_folder(source, problems)
+
+
+def read_ir_datasets(source: Source, problems: Problems) -> Iterator[Row]:
+    """A data set of ir_datasets; see `hbt_fast.data.judged`."""
+    from hbt_fast.data.judged import read_named
+
+    return read_named(source, problems)
+
+
 def read_cldr(source: Source, problems: Problems) -> Iterator[Row]:
     """The training half of the embedded demo."""
     from hbt_fast.data.cldr import cldr_rows

@@ -327,9 +327,7 @@ def _scores(
         made = {}
         for code, entry in by_language.items():
             values = entry if isinstance(entry, list) else [entry]
-            good = all(
-                v is None or (isinstance(v, int | float) and not isinstance(v, bool) and _single(v)) for v in values
-            )
+            good = all(v is None or _single(v) for v in values)
             if not good or len(values) not in (0, counts.get(code, 0)):
                 raise UnreadableError(
                     f"{name!r} must be {counts.get(code, 0)} numbers, one for each passage; it is {str(value)[:80]}"
@@ -340,9 +338,9 @@ def _scores(
     return {}
 
 
-def _single(number: float) -> bool:
-    """Whether a number can be kept in 32 bits."""
-    return abs(number) < 3e38  # and no NaN
+def _single(value: object) -> bool:
+    """Whether a value is a number that can be kept in 32 bits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38  # and no NaN
 
 
 def _language(record: Mapping[str, Any], layout: Layout, side: str, source: Source) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hbt_fast.data.languages import normalise
+from hbt_fast.data.languages import is_language, normalise
 from hbt_fast.data.rows import DataError
 
 if TYPE_CHECKING:
@@ -113,6 +113,11 @@ class Problems:
         if skipped is not None:
             self.tally.skipped = skipped
         self.longest_line, self.longest_text = longest_line, longest_text
+        self.languages: set[str] | None = None
+
+    def wants(self, code: str) -> bool:
+        """Whether texts in a language are to be read at all; others need not be."""
+        return self.languages is None or not is_language(code) or normalise(code) in self.languages
 
     def report(self, where: str, reason: str) -> None:
         """A row that cannot be used: raise DataError, or note it and return."""

@@ -34,8 +34,40 @@ NAMES = (
     "query", "passage", "negatives", "content", "language", "query_language", "passage_language", "id", "scores",
     "negative_scores", "prompt",
 )  # fmt: skip
-Format = Literal["auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "lines", "hf", "cldr"]
+Format = Literal[
+    "auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "lines", "judged", "hf", "ir_datasets",
+    "cldr",
+]  # fmt: skip
 Layout = Literal["auto", "pairs", "flagembedding", "tevatron", "dpr", "messages", "anchors", "triplets"]
+
+ONLY = {  # settings of a source that only some formats heed
+    "bitext": ("auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "hf"),
+    "passage": ("auto", "squad", "jsonl"),
+    "pair": ("auto", "lines"),
+    "columns": ("auto", "csv", "tsv"),
+    "quoting": ("auto", "csv", "tsv"),
+    "layout": ("auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "hf"),
+    "documents": ("auto", "lines"),
+    "split": ("auto", "hf", "judged"),
+    "config": ("hf",),
+    "path": (
+        "auto",
+        "squad",
+        "jsonl",
+        "json",
+        "csv",
+        "tsv",
+        "parquet",
+        "arrow",
+        "tmx",
+        "lines",
+        "judged",
+        "hf",
+        "ir_datasets",
+    ),
+    "files": ("auto", "squad", "jsonl", "tmx", "lines"),
+    "exclude_paragraphs_of": ("auto", "squad"),
+}
 
 
 @ranges(
@@ -84,7 +116,7 @@ class Source:
         quoting: csv, tsv: quoted reads a cell between quotes as RFC 4180 says, plain takes quotes for characters; auto:
             csv is quoted, tsv is plain, and a cell that is all between quotes is an error.
         exclude_paragraphs_of: SQuAD files; every paragraph that has a question id or a text of theirs is left out.
-        split: hf: the split.
+        split: hf, judged: the split.
         config: hf: the data set's configuration.
         limit: take only so many rows.
         prompts: before its queries and passages, as {query: ..., passage: ...}, instead of those of the model; without
@@ -113,6 +145,26 @@ class Source:
     prompts: dict[str, str] = field(default_factory=dict)
     hard_negatives: int | None = None
     weight: float | None = None
+
+
+def refuse_unheeded(source: Source, kind: str, name: str) -> None:
+    """See that nothing is set that a format has no use for.
+
+    Args:
+        source: the settings.
+        kind: of the formats, "auto" for one of those that is found by looking.
+        name: of the source, for the message.
+
+    Raises:
+        DataError: something is.
+    """
+    unlike = Source()
+    for setting, formats in ONLY.items():
+        if kind not in formats and getattr(source, setting) != getattr(unlike, setting):
+            raise DataError(
+                f"{name}.{setting} is set, which format {kind} has no use for; leave it out, or write another format "
+                f"({' or '.join(formats)})"
+            )
 
 
 def read_source(
@@ -148,7 +200,10 @@ def read_source(
     limits = {"longest_line": longest_line, "longest_text": longest_text}
     problems = Problems(on_error == "skip", skipped, tally=tally, **limits)
     wanted = {normalise(code) for code in languages} if languages else None
+    problems.languages = wanted
     kind = _format(source)
+    if source.format == "auto":
+        refuse_unheeded(source, kind, f"source {source.name or source.path or 'files'}")
     reader = getattr(formats, f"read_{kind}")
     rows = _cleaned(reader(source, problems), wanted, problems)
     yield from islice(rows, source.limit)
@@ -253,6 +308,7 @@ def _unusable(text: str, code: str, longest: int) -> str:
 
 
 def _format(source: Source) -> str:
+    from hbt_fast.data.collection_files import kind_of_file
     from hbt_fast.data.containers import CONTAINERS, ending, is_array
 
     if source.format == "cldr":
@@ -263,16 +319,19 @@ def _format(source: Source) -> str:
         return source.format
     path = source.path or next(iter(source.files.values()))
     found = {**CONTAINERS, ".tmx": "tmx", ".txt": "lines"}.get(ending(path))
-    if found is None and Path(path).is_dir():
-        kinds = {CONTAINERS.get(ending(name)) for name in expand(path)} - {None}
+    if found is None and (folder := Path(path).expanduser()).is_dir():
+        inside = [Path(name).relative_to(folder) for name in expand(path)]
+        kinds = {CONTAINERS.get(ending(str(name))) for name in inside} - {None}
         found = "json" if "json" in kinds else next(iter(kinds), None)
+        if any(kind_of_file(name) == "qrels" for name in inside):
+            found = "judged"
     if found == "json":
         first = next(name for name in expand(path) if ending(name) == ".json")
         found = "json" if not source.files and is_array(first) else "squad"
     if found is None:
         raise DataError(
             f"{path}: cannot tell the format from the name; set the source's format to squad, jsonl, json, csv, tsv, "
-            "parquet, arrow, tmx, lines or hf"
+            "parquet, arrow, tmx, lines, judged or hf"
         )
     return found
 
@@ -283,7 +342,7 @@ def input_files(source: Source) -> list[Path]:
     paths += [*source.exclude_paragraphs_of, *([source.documents] if source.documents else [])]
     if source.format == "hf" and not Path(source.path or "").is_dir():
         return []  # a hub name: the settings say all there is to say
-    if source.format == "cldr":
+    if source.format in ("cldr", "ir_datasets"):
         return []
     found = []
     for path in paths:

@@ -11,17 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hbt_fast.data.collection_files import files_by_kind, language_folders, of_split, queries_of_split
+from hbt_fast.data.judgements import read_qrels, read_run, read_texts, refuse_unknown_in_qrels, refuse_unknown_in_run
 from hbt_fast.data.rows import DataError
-from hbt_fast.evaluation.judged import (
-    Judged,
-    judged_task,
-    read_qrels,
-    read_run,
-    read_texts,
-    refuse_unknown_in_qrels,
-    refuse_unknown_in_run,
-)
-from hbt_fast.evaluation.layouts import files_by_kind, language_folders, of_split, queries_of_split
+from hbt_fast.evaluation.judged import Judged, judged_task
 from hbt_fast.evaluation.tasks import RetrievalTask
 
 MISSING = 0.01  # of judgements, whose documents the corpus may lack: more of them, and it is another corpus
@@ -37,7 +30,7 @@ def beir(
     """A task of one collection, or of one per language, in whose common pool queries search too.
 
     Args:
-        folder: see `layouts.language_folders`.
+        folder: see `collection_files.language_folders`.
         split: of the judgements; None: the only one that there is, else test, else dev.
         languages: load these only; of a folder without a folder per language: its language.
         name: shown in reports; None: the folder's name.

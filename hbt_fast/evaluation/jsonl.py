@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hbt_fast.data.collection_files import UNKNOWN, chosen
 from hbt_fast.data.formats import read_jsonl
+from hbt_fast.data.judgements import is_gain
 from hbt_fast.data.languages import standard
 from hbt_fast.data.problems import Strict
 from hbt_fast.data.reading import described, records, refuse_half_pairs
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, expand
-from hbt_fast.evaluation.judged import is_gain
-from hbt_fast.evaluation.layouts import UNKNOWN, chosen
 from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members, refuse_empty, task_from_rows
 
 

@@ -23,7 +23,7 @@ def load_retrieval(
     Args:
         task: "xquad-r", "mlqa-r", "beir", "miracl", "mr-tydi", "rerank" or "jsonl".
         data: its folder; of jsonl also a file, a glob or zip://MEMBER::ARCHIVE.
-        split: of the judgements, where there are several; see `layouts`.
+        split: of the judgements, where there are several; see `hbt_fast.data.collection_files`.
         context: xquad-r and mlqa-r: candidates are sentence and paragraph.
         languages: of these alone; None: of all.
 

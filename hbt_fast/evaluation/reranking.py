@@ -7,14 +7,13 @@ own/        any layout of `beir` with a run*.txt in it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from hbt_fast.data.collection_files import chosen, files_of, of_split, parallel_collections, queries_of_split
 from hbt_fast.data.rows import DataError
 from hbt_fast.evaluation.beir import beir, read_part
 from hbt_fast.evaluation.judged import judged_task
-from hbt_fast.evaluation.layouts import chosen, language_code, of_split, queries_of_split
 from hbt_fast.evaluation.tasks import RetrievalTask
 
 
@@ -35,28 +34,15 @@ def reranking(
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold queries, collection, qrels and run files")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    named: dict[str, str] = {}
-    for path in files:
-        if match := re.match(r"(.+)_collection\b", path.name):
-            code = language_code(match[1]) or match[1]
-            if named.setdefault(code, match[1]) != match[1]:
-                raise DataError(
-                    f"{folder}: {named[code]}_collection and {match[1]}_collection are of one language, {code}; keep "
-                    "one of them"
-                )
+    files, named = parallel_collections(folder)
     if not named:
         return beir(folder, split, languages, name, rerank=True)
     qrels, found = of_split([p for p in files if p.name.startswith("qrels")], split, "qrels", folder)
     parts = []
     for code, word in chosen(folder, named, languages).items():
-        of_language = {
-            kind: [path for path in files if re.match(pattern.format(re.escape(word)), path.name)]
-            for kind, pattern in (("queries", r"{}_queries\b"), ("run", r"run.*[_.]{}\b"))
-        }
+        of_language = files_of(files, word)
         if not of_language["run"]:
             raise DataError(f"{folder}: no run of {word}; its name must be as run.bm25_{word}.txt")
         queries, run = (queries_of_split(of_language[kind], found, folder) for kind in ("queries", "run"))
-        corpus = [path for path in files if path.name.startswith(f"{word}_collection")]
-        parts.append(read_part(code, corpus, queries, qrels, run))
+        parts.append(read_part(code, of_language["corpus"], queries, qrels, run))
     return judged_task(f"{name or folder.resolve().name} ({found})", parts, parallel=True)

@@ -1,7 +1,8 @@
 """Which file of a folder is what: corpus, queries, qrels, run; of which language and of which split.
 
 Names decide, of a file or of the folder that it is in: ``corpus*``, ``docs*`` or ``collection*``; ``queries*`` or
-``topic*``; ``qrels*``; ``run*`` or ``top1000*``. So BEIR, MIRACL and Mr. TyDi are read as they are unpacked.
+``topic*``; ``qrels*``; ``run*`` or ``top1000*``; ``triples*``. So BEIR, MIRACL and Mr. TyDi are read as they
+are unpacked.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ KINDS = {
     "qrels": ("qrels",),
     "queries": ("queries", "topic"),
     "run": ("run", "top1000"),
+    "triples": ("triples",),
     "corpus": ("corpus", "docs", "collection"),
 }
 ENDINGS = (".jsonl", ".json", ".tsv", ".txt", ".trec")
@@ -50,8 +52,7 @@ def _named(folder: Path) -> Iterator[tuple[str, Path]]:
         parts = path.relative_to(folder).parts
         if not path.is_file() or any(part.startswith(".") for part in parts):
             continue
-        kind = next(filter(None, map(kind_of, reversed(parts))), None)
-        if kind and path.name.removesuffix(".gz").endswith(ENDINGS):
+        if (kind := kind_of_file(Path(*parts))) is not None:
             yield kind, path
 
 
@@ -77,6 +78,16 @@ def kind_of(name: str) -> str | None:
         name: without the folders above it.
     """
     return next((kind for kind, starts in KINDS.items() if name.lower().startswith(starts)), None)
+
+
+def kind_of_file(path: Path) -> str | None:
+    """What a file holds, by its name or that of a folder above it; None if they do not say.
+
+    Args:
+        path: within the folder of a collection.
+    """
+    kind = next(filter(None, map(kind_of, reversed(path.parts))), None)
+    return kind if path.name.removesuffix(".gz").endswith(ENDINGS) else None
 
 
 def language_folders(folder: Path, languages: Sequence[str] | None) -> dict[str, list[Path]]:
@@ -132,6 +143,42 @@ def _per_language(folder: Path) -> dict[str, list[Path]]:
                 f"{folder}: {' and '.join(judged)} hold qrels of one language, {language}; keep one of them"
             )
     return {language: paths for language, paths in found.items() if files_by_kind(paths)["qrels"]}
+
+
+def parallel_collections(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """All files of a folder in mMARCO's layout, and language -> how their names call it; {} of another layout.
+
+    german_collection.tsv, german_queries.dev.small.tsv, run.bm25_german.txt: documents, queries and ids are parallel
+    over languages, and the judgements are the same for all.
+
+    Raises:
+        DataError: two collections of one language.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    named: dict[str, str] = {}
+    for path in files:
+        if match := re.match(r"(.+)_collection\b", path.name):
+            code = language_code(match[1]) or match[1]
+            if named.setdefault(code, match[1]) != match[1]:
+                raise DataError(
+                    f"{folder}: {named[code]}_collection and {match[1]}_collection are of one language, {code}; keep "
+                    "one of them"
+                )
+    return files, named
+
+
+def files_of(files: Sequence[Path], word: str) -> dict[str, list[Path]]:
+    """The corpus, queries and run of a language in mMARCO's layout, by what they are.
+
+    Args:
+        files: of all languages.
+        word: how their names call it.
+    """
+    patterns = {"corpus": r"{}_collection\b", "queries": r"{}_queries\b", "run": r"run.*[_.]{}\b"}
+    return {
+        kind: [path for path in files if re.match(pattern.format(re.escape(word)), path.name)]
+        for kind, pattern in patterns.items()
+    }
 
 
 def language_code(name: str) -> str | None:
@@ -200,7 +247,7 @@ def of_split(paths: Sequence[Path], split: str | None, what: str, folder: Path) 
     if split is None and len(paths) == 1:
         return paths[0], _split(paths[0])
     for name in (split,) if split else ("test", "dev"):
-        found = [path for path in paths if set(name.split(".")) <= _tokens(path)]
+        found = [path for path in paths if is_of(name, path)]
         if found:
             path = min(found, key=lambda path: len(path.name))
             return path, split or _split(path)
@@ -221,15 +268,20 @@ def queries_of_split(paths: Sequence[Path], split: str, folder: Path) -> Path:
     Raises:
         DataError: there is none.
     """
-    own = [path for path in paths if split and set(split.split(".")) <= _tokens(path)]
+    own = [path for path in paths if split and is_of(split, path)]
     if split and not own:
-        own = [path for path in paths if split.split(".")[0] in _tokens(path)]
+        own = [path for path in paths if is_of(split.split(".")[0], path)]
     for_all = [path for path in paths if not _tokens(path) & set(_SPLITS)]
     if not own and not for_all:
         raise DataError(
             f"{folder}: no queries of the split {split}; there are {', '.join(p.name for p in paths) or 'none'}"
         )
     return min(own or for_all, key=lambda path: len(path.name))
+
+
+def is_of(split: str, path: Path) -> bool:
+    """Whether a file's name says that it is of a split, as qrels.dev.small.tsv of "dev" and of "dev.small"."""
+    return set(split.split(".")) <= _tokens(path)
 
 
 def _split(path: Path) -> str:
