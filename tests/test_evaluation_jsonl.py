@@ -165,3 +165,31 @@ def test_a_member_of_an_archive_is_read(tmp_path):
         archive.writestr("more/own.jsonl", json.dumps({"query": "a?", "passage": "A"}))
     task = jsonl(f"zip://more/own.jsonl::{tmp_path / 'own.zip'}")
     assert (task.name, task.queries, task.query_ids) == ("own.jsonl", ["a?"], ["own.zip:1"])
+
+
+def test_repeated_queries_are_one_question_with_several_answers(tmp_path):
+    pairs = [("What  is it?", "A"), ("who?", "B"), ("what is IT?", "C"), ("what is it?", "D")]
+    put(tmp_path / "pairs.jsonl", [{"query": q, "passage": p, "language": "en"} for q, p in pairs])
+    task = jsonl(tmp_path / "pairs.jsonl")
+    assert relevant(task) == {
+        ("pairs.jsonl:1", "en"): {"A": 1, "C": 1, "D": 1}, ("pairs.jsonl:2", "en"): {"B": 1},
+    }  # fmt: skip
+    put(tmp_path / "n.jsonl", [{"query": {"en": q}, "passage": {"en": p, "de": f"{p} de"}} for q, p in pairs])
+    assert relevant(jsonl(tmp_path / "n.jsonl")) == {
+        ("0", "en"): dict.fromkeys(("A", "A de", "C", "C de", "D", "D de"), 1), ("1", "en"): {"B": 1, "B de": 1},
+    }  # fmt: skip
+
+
+def test_queries_with_ids_keep_them_and_share_what_is_relevant(tmp_path):
+    put(tmp_path / "own.jsonl", [
+        {"query": "what?", "id": 1, "passage": "A", "language": "en"},
+        {"query": "was?", "id": 1, "passage": "A de", "language": "de"},
+        {"query": "What?", "id": 2, "passage": "B", "language": "en"},
+        {"query": "what?", "id": 3, "passage": "C", "language": "de"},  # another word in another language
+        {"query": "what?", "relevant": {"en\tB": 2}, "language": "en"},
+    ])  # fmt: skip
+    all_of_it = {"A": 1, "B": 2}
+    assert relevant(jsonl(tmp_path / "own.jsonl")) == {
+        ("1", "en"): all_of_it, ("1", "de"): {"A de": 1}, ("2", "en"): all_of_it, ("3", "de"): {"C": 1},
+        ("own.jsonl:5", "en"): all_of_it,
+    }  # fmt: skip

@@ -213,6 +213,10 @@ def _loaded(path: str, source: Source) -> Iterator[dict[str, Any]]:
         if (Path(path) / "dataset_info.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(path)
             loaded = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        elif Path(path).is_file():
+            kind = CONTAINERS.get(ending(path), "")
+            kind = {"jsonl": "json", "tsv": "csv"}.get(kind, kind)
+            loaded = datasets.load_dataset(kind, data_files=path, split="train")
         else:
             loaded = datasets.load_dataset(path, source.config, split=source.split)
         yield from loaded

@@ -77,7 +77,10 @@ class Layout:
         given = {what: (name,) if isinstance(name, str) else tuple(name) for what, name in source.fields.items()}
         found = source.layout
         if found == "auto":
-            found = next((name for name in LAYOUTS if _fits(record, {**LAYOUTS[name], **given})), "pairs")
+            fitting = [name for name in LAYOUTS if _fits(record, LAYOUTS[name])]
+            if not fitting and not {"query", "passage"} <= given.keys():  # it may be one of them but for a name or two
+                fitting = [name for name in LAYOUTS if _fits(record, {**LAYOUTS[name], **given})]
+            found = next(iter(fitting), "pairs")
         return cls(found, {**PLAIN, **LAYOUTS[found], **given}, given)
 
     def fits(self, record: Mapping[str, Any]) -> bool:

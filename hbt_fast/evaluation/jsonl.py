@@ -10,7 +10,9 @@ Or, where passages answer several questions, or none, lines of both kinds in any
     {"query": "Wer schrieb Faust?", "id": "q1", "language": "de", "relevant": ["p1"]}
     {"query": "Who wrote Faust?", "id": "q1", "language": "en", "relevant": {"p1": 2, "p7": 1}}
 
-Questions of one id are translations of each other. Gains (graded relevance) of 0 and below are not relevant.
+Questions of one id are translations of each other. Lines whose query has equal text in one language are one question:
+what is relevant to one is relevant to all, and of those without an id there is one query. Gains (graded relevance) of 0
+and below are not relevant.
 "query_language" and "passage_language" go before "language", as in training data. Languages are codes of ISO 639 or
 BCP 47, of which case and spelling do not count: "EN" and "eng" are "en".
 """
@@ -32,7 +34,8 @@ from hbt_fast.data.problems import Strict
 from hbt_fast.data.reading import described, records, refuse_half_pairs
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, expand
-from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members, refuse_empty, task_from_rows
+from hbt_fast.data.tokenise import folded
+from hbt_fast.evaluation.tasks import RetrievalTask, offsets_and_members, refuse_empty, task_from_rows, united
 
 
 class _Query(NamedTuple):
@@ -41,6 +44,7 @@ class _Query(NamedTuple):
     language: str
     id: str
     gains: dict[str, float]
+    named: bool  # in the file, rather than by its line
 
 
 def jsonl(path: str | Path, languages: Sequence[str] | None = None, name: str | None = None) -> RetrievalTask:
@@ -127,7 +131,7 @@ def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[st
                 raise DataError(f'{where}: a passage needs an "id" of its own, not {key!r}')
             passages[str(key)] = record["passage"], codes["passage"]
             continue
-        if key is None:  # equal wherever the data lie, and no other query's
+        if not (named := key is not None):  # equal wherever the data lie, and no other query's
             key = Path(where).name if folder is None else Path(where).relative_to(folder).as_posix()
         if not isinstance(key, str | int | float):
             raise DataError(f'{where}: "id" is {described(key)}; a text or a number is needed')
@@ -139,7 +143,7 @@ def _read(files: Sequence[str], folder: Path | None) -> tuple[dict[str, tuple[st
             answer = f"{codes['passage']}\t{record['passage']}"  # equal texts are one candidate
             passages[answer] = record["passage"], codes["passage"]
         gains = {answer: 1.0} if len(there) == 2 else _gains(record, where)
-        queries.append(_Query(where, record["query"], language, key, gains))
+        queries.append(_Query(where, record["query"], language, key, gains, named))
     return passages, queries
 
 
@@ -155,6 +159,21 @@ def _gains(record: dict[str, Any], where: str) -> dict[str, float]:
     return {str(key): gain for key, gain in relevant.items() if gain > 0}
 
 
+def _one_question(queries: list[_Query]) -> list[_Query]:
+    """The queries, of repeated ones without an id the first; each with all that is relevant to its question."""
+    groups = united([[(query.language, folded(query.text))] for query in queries])
+    gains: dict[int, dict[str, float]] = {}
+    for query, group in zip(queries, groups, strict=True):
+        own = gains.setdefault(group, {})
+        for key, gain in query.gains.items():
+            own[key] = max(gain, own.get(key, gain))
+    kept: dict[tuple, _Query] = {}
+    for query, group in zip(queries, groups, strict=True):
+        key = (query.language, query.id) if query.named else (query.language, folded(query.text))
+        kept.setdefault(key, query._replace(gains=gains[group]))
+    return list(kept.values())
+
+
 def _task(
     name: str, passages: dict[str, tuple[str, str]], queries: list[_Query], languages: Sequence[str] | None
 ) -> RetrievalTask:
@@ -164,6 +183,7 @@ def _task(
             raise DataError(f"{query.where}: no passage has the id {unknown[0]!r}; add it, or leave it out of relevant")
     keys = [key for key, (_, language) in passages.items() if languages is None or language in languages]
     index = {key: i for i, key in enumerate(keys)}
+    queries = _one_question(queries)
     wanted = [query for query in queries if languages is None or query.language in languages]
     found = [sorted((index[key], gain) for key, gain in query.gains.items() if key in index) for query in wanted]
     kept = [(query, pairs) for query, pairs in zip(wanted, found, strict=True) if pairs]

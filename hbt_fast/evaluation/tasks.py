@@ -5,12 +5,13 @@ Their sources: `lareqa`, `beir` (also MIRACL, Mr. TyDi), `reranking`, `jsonl`, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hbt_fast.data.rows import DataError, Row
+from hbt_fast.data.tokenise import folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,25 +192,35 @@ def task_from_rows(name: str, rows: Iterable[Row]) -> RetrievalTask:
 
     Every (row, language) with a query becomes a query. Candidates are the passages, one per (language, content, text)
     so that questions on one passage share a candidate; rows without a content id share candidates of equal text.
-    Relevant are the passages of the query's own row, in every language that has one. Hard negatives are not used.
+    Relevant are the passages of the query's own row, in every language that has one. Rows of which a query has equal
+    text (as folded in training) in one language are one question: the passages of each are relevant to all their
+    queries, and a query that is there twice is taken once. Hard negatives are not used.
 
     Raises:
         DataError: no rows, or a row without passages or with an empty text (named by its `where`).
     """
-    queries, query_languages, query_ids, relevant = [], [], [], []
+    queries, query_languages, query_ids, found, owns = [], [], [], [], []
     index: dict[tuple[str, str | None, str], int] = {}
+    rows = list(rows)
+    asked = [[(language, folded(text)) for language, text in row.queries.items()] for row in rows]
+    groups, seen = united(asked), set()
     for number, row in enumerate(rows):
         where = row.where or f"row {number}"
         if not row.passages:
             raise DataError(f"{where}: no passage, so nothing can be relevant to its query")
         for language, text in (*row.queries.items(), *row.passages.items()):
             refuse_empty(text, language, where)
-        own = [index.setdefault((lang, row.content, text), len(index)) for lang, text in row.passages.items()]
-        for language, text in row.queries.items():
-            queries.append(text)
-            query_languages.append(language)
-            query_ids.append(str(number))
-            relevant.append(own)
+        owns.append({index.setdefault((lang, row.content, text), len(index)) for lang, text in row.passages.items()})
+        for (language, text), key in zip(row.queries.items(), asked[number], strict=True):
+            if key not in seen:
+                seen.add(key)
+                queries.append(text)
+                query_languages.append(language)
+                query_ids.append(str(number))
+                found.append(groups[number])
+    relevant: list[set[int]] = [set() for _ in rows]
+    for group, own in zip(groups, owns, strict=True):
+        relevant[group] |= own
     if not queries:
         raise DataError(f"{name}: no row has a query")
     return RetrievalTask(
@@ -219,8 +230,29 @@ def task_from_rows(name: str, rows: Iterable[Row]) -> RetrievalTask:
         query_ids,
         [key[2] for key in index],
         [key[0] for key in index],
-        *offsets_and_members(relevant),
+        *offsets_and_members([relevant[group] for group in found]),
     )
+
+
+def united(keys: Sequence[Iterable[Hashable]]) -> list[int]:
+    """The group of each item: items that share a key are one group, transitively, called by its first item.
+
+    Args:
+        keys: of each item.
+    """
+    groups, first = list(range(len(keys))), {}
+
+    def root(item: int) -> int:
+        while groups[item] != item:
+            groups[item] = groups[groups[item]]
+            item = groups[item]
+        return item
+
+    for item, own in enumerate(keys):
+        for key in own:
+            a, b = root(first.setdefault(key, item)), root(item)
+            groups[max(a, b)] = min(a, b)
+    return [root(item) for item in range(len(keys))]
 
 
 def refuse_empty(text: str, language: str, where: str) -> None:
