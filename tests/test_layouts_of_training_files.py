@@ -243,7 +243,7 @@ def test_a_zst_file_is_read_to_the_end_of_its_last_frame(tmp_path, frames):
 def test_what_is_not_read_is_noted(tmp_path):
     path = write(tmp_path / "a.jsonl", {"query": "what?", "passage": "A metal.", "negative": "No.", "id": 3, "url": ""})
     (found,) = read(path)[1].layouts
-    assert found.plain() == {"layout": "pairs", "read": ["id", "query", "passage"], "not read": ["negative"]}
+    assert found.plain() == {"layout": "pairs", "read": ["query", "passage", "id"], "not read": ["negative"]}
 
 
 @pytest.mark.parametrize("indent", [None, 1])

@@ -106,8 +106,8 @@ class Layout:
         if self.looked == LOOKED_AT:
             return
         self.looked += 1
-        used = dict.fromkeys(name for what in self.names for name, _ in self.values(record, what))
-        self.read |= used
+        used = {name for what in self.names for name, _ in self.values(record, what)}
+        self.read |= dict.fromkeys(name for name in record if name in used)
         self.unread |= dict.fromkeys(name for name in record if name not in used and record[name] not in (None, ""))
         if self.looked == LOOKED_AT:
             self.check()
