@@ -7,9 +7,10 @@ from itertools import zip_longest
 from typing import Any
 
 from hbt_fast.data.containers import CONTAINERS, ending, read_container
-from hbt_fast.data.layouts import Layout, UnreadableError, identifier, no_text, rows_of
+from hbt_fast.data.layouts import Layout
 from hbt_fast.data.problems import Problems
 from hbt_fast.data.reading import Bounded, described, lines, opened, records
+from hbt_fast.data.record_rows import UnreadableError, identifier, no_text, rows_of
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, expand
 
