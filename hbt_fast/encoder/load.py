@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hbt_fast.encoder.checkpoint_files import Fields, find, read_fields, refusals, shown
+from hbt_fast.encoder.hub import cache_only
 from hbt_fast.encoder.model import EncoderError, check_finite
 from hbt_fast.encoder.modules import lower_cases
 
@@ -67,7 +68,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise EncoderError(f'{settings.where}: "model_max_length" is {shown(limit)}; it must be a number from 1 on')
     what = "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded"
     with refusals(path, what):
-        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=cache_only(path), trust_remote_code=False
+        )
         fast = tokenizer.is_fast
     if not fast:
         raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
@@ -113,10 +116,10 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     # an unused pooler would sit in the optimizer without ever getting a gradient
     poolers = {"add_pooling_layer": False} if _pooler_is_optional(config) else {}
-    _check_sizes(path, config, poolers)
+    folder = _check_sizes(path, config, poolers)
     try:
         with refusals(path, "not a checkpoint that can be loaded"):
-            model, info = AutoModel.from_pretrained(path, **options, **poolers, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(folder, **options, **poolers, output_loading_info=True)
     except EncoderError as error:
         if "ignore_mismatched_sizes" in str(error.__cause__):
             raise EncoderError(
@@ -207,7 +210,7 @@ def _load_config(path: str, fields: Fields) -> PretrainedConfig:
 
     _check_config(fields)
     with refusals(fields.where, "transformers does not take it"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(find(path, "config.json").parent, trust_remote_code=False)
         if getattr(config, "is_encoder_decoder", False):
             raise EncoderError(
                 f"{path}: {config.model_type} has an encoder and a decoder, which is not supported; take a model that "
@@ -239,8 +242,12 @@ def _check_config(fields: Fields) -> None:
                 raise EncoderError(f'{where}: "{key}" is {value}; it must be a finite number')
 
 
-def _check_sizes(path: str, config: PretrainedConfig, options: dict[str, bool]) -> None:
-    """See that config.json and the files of weights are about one model, before memory is taken for it."""
+def _check_sizes(path: str, config: PretrainedConfig, options: dict[str, bool]) -> Path:
+    """See that config.json and the files of weights are about one model, before memory is taken for it.
+
+    Returns:
+        The folder of the weights on this machine.
+    """
     from safetensors import safe_open
     from transformers import AutoModel
 
@@ -276,6 +283,7 @@ def _check_sizes(path: str, config: PretrainedConfig, options: dict[str, bool]) 
             f"{path}: config.json describes a model of {size:,} parameters, and its files of weights hold {there:,}; "
             "fetch both again"
         )
+    return files[0].parent
 
 
 def _weight_files(path: str) -> list[Path]:
