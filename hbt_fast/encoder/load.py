@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,7 +121,7 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
     poolers = {"add_pooling_layer": False} if _pooler_is_optional(config) else {}
     folder = _check_sizes(path, config, poolers)
     try:
-        with refusals(path, "not a checkpoint that can be loaded"):
+        with refusals(path, "not a checkpoint that can be loaded"), _quiet():
             model, info = AutoModel.from_pretrained(folder, **options, **poolers, output_loading_info=True)
     except EncoderError as error:
         if "ignore_mismatched_sizes" in str(error.__cause__):
@@ -132,8 +135,11 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
             f"{path}: {len(missing)} of the model's weights are not in the checkpoint ({_some(missing)}); fetch it "
             "again, or save it from transformers' AutoModel"
         )
+    if unused := sorted(key for key in info["unexpected_keys"] if not key.startswith("pooler.")):
+        print(f"{path}: weights that are no part of an encoder and are not used: {_some(unused)}", file=sys.stderr)
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = nn.Identity()  # not None: types without the option call it
+    model.name_or_path = model.config._name_or_path = path  # not the cache's folder: peft writes it down
     check_finite(model.named_parameters(), path)
     return model
 
@@ -298,6 +304,19 @@ def _weight_files(path: str) -> list[Path]:
             raise EncoderError(f"{index.where}: it names {name}, which is not there; fetch it again")
         found.append(file)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report on weights, of which load_transformer says itself what matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _pooler_is_optional(config: PretrainedConfig) -> bool:
