@@ -160,10 +160,10 @@ def test_two_towers_with_a_learned_temperature_train_export_and_resume(folder, m
     assert not np.allclose(encoders[0].encode(TEXTS), encoders[1].encode(TEXTS), atol=1e-3)
     card = (made / "model" / "README.md").read_text()
     for kind in ("query", "passage"):
-        assert f'{kind}_model = SentenceTransformer("towers/model/{kind}")' in card
+        assert f'{kind}_model = SentenceTransformer("model/{kind}")' in card
         assert f'= {kind}_model.encode(["..."], prompt_name="{kind}")' in card
     plain = (folder / "plain" / "model" / "README.md").read_text()
-    assert plain.count('model = SentenceTransformer("plain/model")') == 1
+    assert plain.count('\nmodel = SentenceTransformer("model")\n') == 1
     assert 'passages = model.encode(["..."], prompt_name="passage")' in plain
     assert json.loads((made / "evaluation.json").read_text())["queries"] > 100
     assert_resumes_alike(folder, "towers", *options, patch=monkeypatch)

@@ -90,14 +90,15 @@ def _refuse_paths(name: str) -> None:
     if os.path.exists(name):
         raise EncoderError(f"{name} is a file; give the folder that it is in: {os.path.dirname(name) or '.'}")
     parts = name.split("/")
-    path = name.startswith((".", "/", "~")) or len(parts) > 2 or "" in parts or not _can_be_on_the_hub(name)
+    path = name.startswith((".", "/", "~")) or len(parts) > 2 or "" in parts or not can_be_on_the_hub(name)
     if path or (len(parts) == 2 and os.path.isdir(parts[0]) and not in_cache(name)):
         raise EncoderError(
             f"{name}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base{_meant(name)}"
         )
 
 
-def _can_be_on_the_hub(name: str) -> bool:
+def can_be_on_the_hub(name: str) -> bool:
+    """Whether it is a name as the hub has them, and no absolute path, say."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
