@@ -1,7 +1,7 @@
 """Reading a checkpoint's tokenizer and transformer, and refusing those that cannot be used as they are.
 
-No code of a checkpoint is run, only safetensors are read, and every weight must be there and fit: transformers would
-make up what is missing (weights, and a tokenizer of five tokens), and vectors would be wrong without a word.
+No code of a checkpoint is run, and every weight must be there and fit: transformers would make up what is missing
+(weights, and a tokenizer of five tokens), and vectors would be wrong without a word.
 """
 
 from __future__ import annotations
