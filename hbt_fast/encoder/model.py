@@ -103,8 +103,9 @@ class Encoder(nn.Module):
         """Load a Hugging Face or sentence-transformers checkpoint, from a folder or by its hub name.
 
         Weights come as float32 whatever the checkpoint's dtype, from safetensors or, where there are none, from the
-        tensors in pytorch_model.bin; no code of the checkpoint is run. A LoRA adapter is merged into its base. What is not given (pooling, length limit, prompts) is taken from the checkpoint's
-        sentence-transformers files, else: mean, 512, no prompts. Dense layers come from there alone.
+        tensors in pytorch_model.bin; no code of the checkpoint is run. A LoRA adapter is merged into its base. What is
+        not given (pooling, length limit, prompts) is taken from the checkpoint's sentence-transformers files, else:
+        mean, 512, no prompts. Dense layers come from there alone.
 
         Args:
             path: checkpoint folder or hub name.
