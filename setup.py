@@ -118,6 +118,7 @@ setup(
             "hbt-plan = hbt_fast.plan:main",
             "hbt-estimate = hbt_fast.estimate:run",
             "hbt-mine = hbt_fast.mine:main",
+            "hbt-vocabulary = hbt_fast.vocabulary:main",
             "hbt-lexicon = hbt_fast.lexicon:main",
             "hbt-encode = hbt_fast.encode:main",
             "hbt-evaluate = hbt_fast.evaluate:main",

@@ -142,7 +142,7 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     folder = Path(config.data.store_dir) / f"tokenizer-{name}"
     if not all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         print(f"training a tokenizer of {model.scratch.vocabulary:,} tokens", flush=True)
-        made = train_tokenizer(_texts(config), model.scratch.vocabulary)
+        made = train_tokenizer(texts_of(config, negatives=False), model.scratch.vocabulary)
         if len(made) < model.scratch.vocabulary:
             print(f"it has {len(made):,} tokens: there is no text to make more of", flush=True)
         with whole_folder(folder) as begun:
@@ -150,12 +150,20 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     return load_tokenizer(folder)
 
 
-def _texts(config: Config) -> Iterator[str]:
+def texts_of(config: Config, negatives: bool = True) -> Iterator[str]:
+    """The texts of the sources, with their prompts.
+
+    Args:
+        config: the settings, prompts resolved.
+        negatives: hard negatives, too.
+    """
     for group in _groups(config).values():
         rows, (query, passage) = _with_roles(config, group, Tally())
         for row in rows:
             yield from (query.prompt + text for text in row.queries.values())
             yield from (passage.prompt + text for text in row.passages.values())
+            if negatives:
+                yield from (passage.prompt + text for texts in row.negatives.values() for text in texts)
 
 
 def _with_roles(config: Config, group: list[Source], tally: Tally) -> tuple[Iterator[Row], tuple[Role, Role]]:

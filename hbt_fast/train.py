@@ -41,9 +41,10 @@ from hbt_fast.engine.runlog import RunLog
 from hbt_fast.engine.share import checkpoint_of_all, make_alike
 from hbt_fast.engine.step import Stepper
 from hbt_fast.engine.validation import Validation
+from hbt_fast.model_card import write_model_card
 from hbt_fast.overview import in_words, overview
 from hbt_fast.prepare import prepare, resolve
-from hbt_fast.report import before_and_after, write_model_card
+from hbt_fast.report import before_and_after
 from hbt_fast.settings import check_config
 
 if TYPE_CHECKING:

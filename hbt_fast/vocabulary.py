@@ -210,16 +210,11 @@ def _prompts(options: argparse.Namespace, config: Config | None, model: str) -> 
 
 def _texts_of_run(config: Config) -> Iterator[str]:
     """The texts of a run's training sources, and the words of its lexicons."""
+    from hbt_fast import prepare
     from hbt_fast.data.lexicon import _files
-    from hbt_fast.data.problems import Tally
     from hbt_fast.data.reading import lines
-    from hbt_fast.prepare import rows_of
 
-    query, passage = config.model.query_prompt, config.model.passage_prompt
-    for row in rows_of(config, config.data.sources, Tally()):
-        yield from (query + text for text in row.queries.values())
-        yield from (passage + text for text in row.passages.values())
-        yield from (passage + text for texts in row.negatives.values() for text in texts)
+    yield from prepare.texts_of(config)
     for path in config.batch.code_switch.lexicons:
         for file, _ in _files(path):
             yield from (" ".join(text.split()) for _, text in lines(file))

@@ -50,7 +50,7 @@ def test_a_tokenizer_must_fit_the_table_of_embeddings(folder, make_encoder, toke
     encoder.tokenizer.add_tokens(["added"])
     encoder.tokenizer.save_pretrained(folder)
     last = len(tokenizer)
-    said = rf"has the token {last} \('added'\), and \"vocab_size\" in config.json ends at {last - 1}"
+    said = rf"tokenizer's tokens, 'added' \({last}\): \"vocab_size\" in config.json ends at {last - 1}"
     with pytest.raises(EncoderError, match=said):
         load_tokenizer(folder)  # before anything is tokenised with it
     rewrite(folder / "config.json", vocab_size="many")
@@ -193,7 +193,7 @@ def test_paths_of_weights_that_leave_the_folder_are_refused(folder):
 
 def test_an_adapter_is_said_to_be_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
-    refused(tmp_path, r"this is a LoRA adapter of some/base; merge it \(PeftModel.* and give that folder")
+    refused(tmp_path, '"base_model_name_or_path", which a LoRA adapter is nothing without, .*: some/base: no such')
 
 
 def test_an_export_is_whole_and_has_the_modes_of_the_umask(folder, make_encoder, monkeypatch):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    AutoModel,
     BertConfig,
     BertModel,
     CamembertConfig,
@@ -23,6 +24,7 @@ from transformers import (
 
 from hbt_fast.config import ModelConfig
 from hbt_fast.encoder import Encoder, EncoderError
+from hbt_fast.encoder.export import export
 from hbt_fast.encoder.towers import LoraConfig, Towers, make_towers
 from hbt_fast.engine.backends import TorchEngine, adamw
 
@@ -114,6 +116,26 @@ def test_a_pooler_need_not_be_in_the_checkpoint(save, name):
     weights = {k: w for k, w in load_file(folder / "model.safetensors").items() if not k.startswith("pooler.")}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     np.testing.assert_array_equal(Encoder.from_pretrained(folder).encode(TEXTS), whole)
+
+
+@pytest.mark.parametrize("name", WITH_POOLER)
+def test_an_export_has_every_weight_that_automodel_looks_for(save, tmp_path, name):
+    encoder = Encoder.from_pretrained(save(name))
+    model, info = AutoModel.from_pretrained(export(encoder, tmp_path / "model"), output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert any("pooler" in key for key in model.state_dict())
+    np.testing.assert_array_equal(Encoder.from_pretrained(tmp_path / "model").encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_weights_that_are_not_used_are_said(save, capsys):
+    folder = save("camembert")
+    weights = load_file(folder / "model.safetensors")
+    Encoder.from_pretrained(folder)
+    assert "not used" not in capsys.readouterr().err  # of the pooler
+    save_file(weights | {"lm_head.bias": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
+    Encoder.from_pretrained(folder)
+    assert "weights that are no part of an encoder and are not used: lm_head.bias" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -201,9 +201,8 @@ def pooling_config(**settings):
     return lambda folder: rewrite(folder, "1_Pooling/config.json", lambda config: settings)
 
 
-def only_pickled(folder):
-    torch.save(load_file(folder / "2_Dense" / "model.safetensors"), folder / "2_Dense" / "pytorch_model.bin")
-    (folder / "2_Dense" / "model.safetensors").unlink()
+def without_weights(folder):
+    (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "weights.npz")
 
 
 def a_weight_more(folder):
@@ -221,7 +220,10 @@ def a_weight_more(folder):
         (modules_json(lambda m: m[0].update(type="custom_st.Transformer")), "custom_st.Transformer, which is not supp"),
         (modules_json(lambda m: [m[0], m[1], m[3], m[2]]), "Transformer, Pooling, Normalize, Dense; supported are"),
         (modules_json(lambda m: m[:1]), "the modules are Transformer; supported are"),
-        (modules_json(lambda m: m[0].update(path="0_Transformer")), "the transformer is in 0_Transformer; move"),
+        (
+            modules_json(lambda m: m[0].update(path="0_Other")),
+            'transformer is in "0_Other", where no config.json',
+        ),
         (modules_json(lambda m: m[1].clear()), 'every module must have a "type" and a "path"'),
         (modules_json(lambda m: {"modules": m}), "modules.json: not a JSON list"),
         (
@@ -245,7 +247,10 @@ def a_weight_more(folder):
         (dense_config(module_input_name="token_embeddings"), "a Dense of token_embeddings is not supported"),
         (dense_config(out_features=25), "config.json beside it says .*25"),
         (dense_config(bias=False), "config.json beside it says"),
-        (only_pickled, "2_Dense: no model.safetensors, and weights in other files are not read"),
+        (
+            without_weights,
+            "2_Dense: no model.safetensors or pytorch_model.bin, and weights in ot",
+        ),
         (a_weight_more, "residual.weight.* config.json beside it says"),
         (lambda folder: (folder / "2_Dense" / "model.safetensors").write_bytes(b"{}"), "not a safetensors file"),
     ],

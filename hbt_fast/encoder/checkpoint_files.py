@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hbt_fast.base.errors import UserError
+from hbt_fast.encoder.hub import cache_only
 from hbt_fast.encoder.model import EncoderError
 
 LARGEST = 64 << 20  # bytes of a JSON file that is read here; the largest known ones have less than one MiB
@@ -95,19 +96,18 @@ def find(name: str, path: str) -> Path | None:
         path: in it.
 
     Raises:
-        EncoderError: there is no such folder, the path leaves it, or the file cannot be fetched.
+        EncoderError: see `cache_only`; or the path leaves the folder, or the file cannot be fetched.
     """
     from transformers.utils import cached_file
 
-    if not name or ((name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir()):
-        raise EncoderError(f"{name}: no such folder; give a checkpoint folder or a hub name such as xlm-roberta-base")
+    here = cache_only(name)
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or "\\" in path or not path.isprintable():
         raise EncoderError(
             f"{name}: the path {shown(path)} leaves the checkpoint's folder; files elsewhere are not read"
         )
     try:
-        found = cached_file(name, path, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(name, path, local_files_only=here, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise EncoderError(f"{name}/{path}: cannot be fetched: {brief(error)}") from error
     return found and Path(found)

@@ -1,13 +1,16 @@
 """Reading a checkpoint's tokenizer and transformer, and refusing those that cannot be used as they are.
 
-No code of a checkpoint is run, only safetensors are read, and every weight must be there and fit: transformers would
-make up what is missing (weights, and a tokenizer of five tokens), and vectors would be wrong without a word.
+No code of a checkpoint is run, and every weight must be there and fit: transformers would make up what is missing
+(weights, and a tokenizer of five tokens), and vectors would be wrong without a word.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hbt_fast.encoder.adapters import merge_adapter
 from hbt_fast.encoder.checkpoint_files import Fields, find, read_fields, refusals, shown
+from hbt_fast.encoder.hub import cache_only
+from hbt_fast.encoder.layout import VOCABULARIES, places
 from hbt_fast.encoder.model import EncoderError, check_finite
 from hbt_fast.encoder.modules import lower_cases
+from hbt_fast.encoder.weights import NAMES, TYPES, contents, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -25,7 +32,6 @@ if TYPE_CHECKING:
     from hbt_fast.encoder.model import Encoder
 
 SHOWN = 3  # names of weights in a message
-VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model")  # each is a whole tokenizer
 PROBES = [
     "What is 1 + 1?",
     "\u00dcber die Br\u00fccke\n\t",
@@ -55,10 +61,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
-    path = str(path)
-    _check_place(path)
-    fields = read_fields(path, "config.json")
-    config = None if fields is None else _load_config(path, fields)
+    name = str(path)
+    parts = places(name)
+    _check_place(name)
+    path = parts.tokenizer
+    fields = read_fields(parts.transformer, "config.json")
+    config = None if fields is None else _load_config(parts.transformer, fields)
     if config is None and find(path, "tokenizer.json") is None:
         raise EncoderError(f"{path}: not a checkpoint that can be loaded (no config.json there); give its folder")
     settings = read_fields(path, "tokenizer_config.json")
@@ -67,7 +75,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise EncoderError(f'{settings.where}: "model_max_length" is {shown(limit)}; it must be a number from 1 on')
     what = "its tokenizer (tokenizer.json, tokenizer_config.json) cannot be loaded"
     with refusals(path, what):
-        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=cache_only(path), trust_remote_code=False
+        )
         fast = tokenizer.is_fast
     if not fast:
         raise EncoderError(f"{path}: no fast tokenizer (tokenizer.json); convert it with transformers first")
@@ -83,9 +93,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             '("post_processor" names it); fetch the checkpoint again'
         )
     rows = None if fields is None else fields.values.get("vocab_size")
-    if isinstance(rows, int):
+    if isinstance(rows, int) and parts.adapter is None:  # an adapter may bring embeddings of further tokens
         _check_vocabulary(path, names, rows, '"vocab_size" in config.json')
-    if lower_cases(path):
+    if lower_cases(name):
         _lower_case(tokenizer)
     return tokenizer
 
@@ -102,21 +112,24 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
     """
     from transformers import AutoModel
 
+    name, parts = path, places(path)
+    path = parts.transformer
     fields = read_fields(path, "config.json")
     if fields is None:
         raise EncoderError(f"{path}: no config.json there; give a checkpoint folder or a hub name")
     config = _load_config(path, fields)
-    for name, value in vars(config).items():
+    for key, value in vars(config).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if dropout is not None and "dropout" in name and number:
-            setattr(config, name, dropout)
-    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+        if dropout is not None and "dropout" in key and number:
+            setattr(config, key, dropout)
     # an unused pooler would sit in the optimizer without ever getting a gradient
     poolers = {"add_pooling_layer": False} if _pooler_is_optional(config) else {}
-    _check_sizes(path, config, poolers)
+    files = _check_sizes(path, config, poolers)
+    options = {"config": config, "dtype": torch.float32, "weights_only": True, "trust_remote_code": False}
+    options["use_safetensors"] = files[0].suffix == ".safetensors"
     try:
-        with refusals(path, "not a checkpoint that can be loaded"):
-            model, info = AutoModel.from_pretrained(path, **options, **poolers, output_loading_info=True)
+        with refusals(path, "not a checkpoint that can be loaded"), _quiet():
+            model, info = AutoModel.from_pretrained(files[0].parent, **options, **poolers, output_loading_info=True)
     except EncoderError as error:
         if "ignore_mismatched_sizes" in str(error.__cause__):
             raise EncoderError(
@@ -129,9 +142,14 @@ def load_transformer(path: str, dropout: float | None = None) -> nn.Module:
             f"{path}: {len(missing)} of the model's weights are not in the checkpoint ({_some(missing)}); fetch it "
             "again, or save it from transformers' AutoModel"
         )
+    if unused := sorted(key for key in info["unexpected_keys"] if not key.startswith("pooler.")):
+        print(f"{path}: weights that are no part of an encoder and are not used: {_some(unused)}", file=sys.stderr)
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = nn.Identity()  # not None: types without the option call it
     check_finite(model.named_parameters(), path)
+    if parts.adapter is not None:
+        model = merge_adapter(model, parts.adapter)
+    model.name_or_path = model.config._name_or_path = name  # not the cache's folder: peft writes it down
     return model
 
 
@@ -165,14 +183,6 @@ def try_out(encoder: Encoder, path: str) -> None:
 
 def _check_place(path: str) -> None:
     """Refuse what is no checkpoint, and say where one is."""
-    adapter = read_fields(path, "adapter_config.json")
-    if adapter is not None:
-        base = adapter.text("base_model_name_or_path") or "BASE"
-        raise EncoderError(
-            f"{path}: this is a LoRA adapter of {base}; merge it (PeftModel.from_pretrained(AutoModel.from_pretrained("
-            f'"{base}"), "{path}").merge_and_unload().save_pretrained("MERGED"), and the tokenizer\'s save_pretrained '
-            "too) and give that folder"
-        )
     if not (Path(path) / "config.json").exists() and (Path(path) / "query" / "config.json").exists():
         raise EncoderError(f"{path} holds two encoders; give {path}/query for queries or {path}/passage for passages")
     if not (Path(path) / "config.json").exists() and (Path(path) / "model" / "config.json").exists():
@@ -193,12 +203,16 @@ def _check_there(path: str, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _check_vocabulary(path: str, names: dict[str, int], rows: int, what: str) -> None:
-    largest = max(names, key=names.__getitem__, default=None)
-    if largest is not None and names[largest] >= rows:
-        raise EncoderError(
-            f"{path}: its tokenizer has the token {names[largest]:,} ({largest!r}), and {what} ends at {rows - 1:,}: "
-            "the tokenizer is another model's, or tokens were added to it and not to the model; take the model's own"
-        )
+    beyond = sorted((number, token) for token, number in names.items() if number >= rows)
+    if not beyond:
+        return
+    tokens = _some([f"{token!r} ({number:,})" for number, token in beyond])
+    raise EncoderError(
+        f"{path}: the model has no rows for {len(beyond):,} of its tokenizer's tokens, {tokens}: {what} ends at "
+        f"{rows - 1:,}; if they were added to the tokenizer alone, give the model rows for them, which are then to be "
+        "trained (model.resize_token_embeddings(len(tokenizer)) and its save_pretrained); else take the tokenizer of "
+        "the model"
+    )
 
 
 def _load_config(path: str, fields: Fields) -> PretrainedConfig:
@@ -207,7 +221,7 @@ def _load_config(path: str, fields: Fields) -> PretrainedConfig:
 
     _check_config(fields)
     with refusals(fields.where, "transformers does not take it"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(find(path, "config.json").parent, trust_remote_code=False)
         if getattr(config, "is_encoder_decoder", False):
             raise EncoderError(
                 f"{path}: {config.model_type} has an encoder and a decoder, which is not supported; take a model that "
@@ -239,36 +253,28 @@ def _check_config(fields: Fields) -> None:
                 raise EncoderError(f'{where}: "{key}" is {value}; it must be a finite number')
 
 
-def _check_sizes(path: str, config: PretrainedConfig, options: dict[str, bool]) -> None:
-    """See that config.json and the files of weights are about one model, before memory is taken for it."""
-    from safetensors import safe_open
+def _check_sizes(path: str, config: PretrainedConfig, options: dict[str, bool]) -> list[Path]:
+    """See that config.json and the files of weights are about one model, before memory is taken for it.
+
+    Returns:
+        The files, on this machine.
+    """
     from transformers import AutoModel
 
-    files = _weight_files(path)
-    if not files:
+    if not (files := weight_files(path)):
         raise EncoderError(
-            f"{path}: no file named model.safetensors there, and weights in other files are not read; save "
+            f"{path}: no file named {' or '.join(NAMES)} there, and weights in other files are not read; save "
             "the model with transformers' save_pretrained"
         )
     there = 0
     for file in files:
-        with (
-            refusals(
-                str(file),
-                "its weights are no safetensors that can be read",
-                "perhaps a download that stopped, or git without git-lfs; fetch it again",
-            ),
-            safe_open(file, "pt") as opened,
-        ):
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                part = opened.get_slice(name)
-                shape, dtype = part.get_shape(), part.get_dtype()
-                there += math.prod(shape)
-                if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise EncoderError(
-                        f"{file}: {name} is quantised (of type {dtype}), which is not supported; take the "
-                        "checkpoint as it was before"
-                    )
+        for name, shape, dtype in contents(file):
+            there += math.prod(shape)
+            if name.endswith("weight") and dtype not in TYPES.values():
+                raise EncoderError(
+                    f"{file}: {name} is quantised (of type {str(dtype).removeprefix('torch.')}), which is not "
+                    "supported; take the checkpoint as it was before"
+                )
     with refusals(f"{path}/config.json", "no model can be made from it"), torch.device("meta"):
         size = sum(p.numel() for p in AutoModel.from_config(deepcopy(config), **options).parameters())
     if size > 2 * there + (1 << 22):
@@ -276,20 +282,20 @@ def _check_sizes(path: str, config: PretrainedConfig, options: dict[str, bool]) 
             f"{path}: config.json describes a model of {size:,} parameters, and its files of weights hold {there:,}; "
             "fetch both again"
         )
+    return files
 
 
-def _weight_files(path: str) -> list[Path]:
-    """The files of weights that transformers reads."""
-    if (whole := find(path, "model.safetensors")) is not None:
-        return [whole]
-    index = read_fields(path, "model.safetensors.index.json")
-    names = [] if index is None else index.object("weight_map").values.values()
-    found = []
-    for name in dict.fromkeys(name if isinstance(name, str) else shown(name) for name in names):
-        if (file := find(path, name)) is None:
-            raise EncoderError(f"{index.where}: it names {name}, which is not there; fetch it again")
-        found.append(file)
-    return found
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report on weights, of which load_transformer says itself what matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _pooler_is_optional(config: PretrainedConfig) -> bool:

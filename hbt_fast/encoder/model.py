@@ -102,9 +102,10 @@ class Encoder(nn.Module):
     ) -> Encoder:
         """Load a Hugging Face or sentence-transformers checkpoint, from a folder or by its hub name.
 
-        Weights come as float32 whatever the checkpoint's dtype; only safetensors are read and no code of the
-        checkpoint is run. What is not given (pooling, length limit, prompts) is taken from the checkpoint's
-        sentence-transformers files, else: mean, 512, no prompts. Dense layers come from there alone.
+        Weights come as float32 whatever the checkpoint's dtype, from safetensors or, where there are none, from the
+        tensors in pytorch_model.bin; no code of the checkpoint is run. A LoRA adapter is merged into its base. What is
+        not given (pooling, length limit, prompts) is taken from the checkpoint's sentence-transformers files, else:
+        mean, 512, no prompts. Dense layers come from there alone.
 
         Args:
             path: checkpoint folder or hub name.
@@ -115,7 +116,7 @@ class Encoder(nn.Module):
             autocast: see the class.
 
         Raises:
-            EncoderError: no such checkpoint, no safetensors, no fast tokenizer or one that does not fit, or modules
+            EncoderError: no such checkpoint, no weights, no fast tokenizer or one that does not fit, or modules
                 that are not supported; damaged, missing or non-finite weights; an architecture that has a decoder
                 besides or is not transformers' own.
         """

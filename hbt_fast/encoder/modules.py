@@ -6,6 +6,7 @@ without them would be wrong.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from hbt_fast.encoder.checkpoint_files import Fields, find, read_fields, read_list, refusals, shown
+from hbt_fast.encoder.checkpoint_files import Fields, find, read_fields, read_list, shown
+from hbt_fast.encoder.layout import places
 from hbt_fast.encoder.model import EncoderError, check_finite
 from hbt_fast.encoder.pooling import POOLINGS, Pooling
+from hbt_fast.encoder.weights import NAMES, read_weights
 
 RECORDED = {  # by sentence-transformers: its name of the pooling, and the switch that older ones have
     "mean": ("mean", "pooling_mode_mean_tokens"),
@@ -89,7 +92,7 @@ def read_recorded(name: str) -> Recorded:
     Raises:
         EncoderError: a module or a setting of one that is not supported, or a file that cannot be read.
     """
-    pooling, layers = None, []
+    name, (pooling, layers) = places(name).recorded, (None, [])
     modules = read_list(name, "modules.json")
     if modules is not None:
         pooling, layers = _modules(name, modules)
@@ -125,7 +128,7 @@ def recorded_prompts(name: str) -> RecordedPrompts:
     Raises:
         EncoderError: the file cannot be read.
     """
-    settings = read_fields(name, "config_sentence_transformers.json")
+    settings = read_fields(places(name).recorded, "config_sentence_transformers.json")
     if settings is None:
         return RecordedPrompts({}, None)
     prompts = settings.object("prompts")
@@ -142,8 +145,9 @@ def recorded_prompts(name: str) -> RecordedPrompts:
 
 def _settings(name: str) -> Fields:
     """What is recorded with the transformer: max_seq_length and do_lower_case. The first file that says something."""
-    older = SETTINGS[1:] if read_list(name, "modules.json") else []  # others are not asked for six files in vain
-    found = (read_fields(name, file) for file in (SETTINGS[0], *older))
+    parts = places(name)
+    older = SETTINGS[1:] if read_list(parts.recorded, "modules.json") else []  # six files not asked for in vain
+    found = (read_fields(parts.recorded, os.path.join(parts.inner, file)) for file in (SETTINGS[0], *older))
     return next((fields for fields in found if fields and fields.values), Fields(name, {}))
 
 
@@ -165,11 +169,6 @@ def _modules(name: str, modules: list) -> tuple[Pooling, list[nn.Module]]:
         raise EncoderError(
             f"{where}: the modules are {', '.join(kinds)}; supported are a Transformer, a Pooling, any number of Dense "
             "and then at most one Normalize, in this order"
-        )
-    if modules[0]["path"]:
-        raise EncoderError(
-            f"{where}: the transformer is in {modules[0]['path']}; move its files beside modules.json and write "
-            '"path": "" there'
         )
     layers = []
     for module, kind in zip(modules[2:], kinds[2:], strict=True):
@@ -213,8 +212,6 @@ def _pooling(name: str, folder: str) -> Pooling:
 
 def _dense(name: str, folder: str, config: Fields) -> tuple[nn.Linear, nn.Module]:
     """A linear layer and its activation."""
-    from safetensors.torch import load_file
-
     where = f"{name}/{folder}"
     activation = config.text("activation_function") or "torch.nn.modules.activation.Tanh"
     kind = ACTIVATIONS.get(activation.rpartition(".")[2]) if activation.startswith("torch.nn.") else None
@@ -225,11 +222,10 @@ def _dense(name: str, folder: str, config: Fields) -> tuple[nn.Linear, nn.Module
         )
     if config.flag("use_residual"):
         raise EncoderError(f"{config.where}: a Dense with use_residual is not supported; take a checkpoint without")
-    path = find(name, f"{folder}/model.safetensors")
+    path = next(filter(None, (find(name, f"{folder}/{file}") for file in NAMES)), None)
     if path is None:
-        raise EncoderError(f"{where}: no model.safetensors, and weights in other files are not read; {AGAIN}")
-    with refusals(str(path), "not a safetensors file that can be read"):
-        weights = {key.removeprefix("linear."): tensor.float() for key, tensor in load_file(path).items()}
+        raise EncoderError(f"{where}: no {' or '.join(NAMES)}, and weights in other files are not read; {AGAIN}")
+    weights = {key.removeprefix("linear."): tensor.float() for key, tensor in read_weights(path).items()}
     size = config.whole("out_features"), config.whole("in_features")
     wanted = {"weight": size, "bias": size[:1]} if config.flag("bias", True) else {"weight": size}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hbt_fast.encoder.checkpoint_files import Fields, read_fields, refusals
-from hbt_fast.encoder.load import _load_config, _weight_files
+from hbt_fast.encoder.load import _load_config
 from hbt_fast.encoder.model import EncoderError
+from hbt_fast.encoder.weights import read_weights, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -122,17 +123,20 @@ def tensors(path: str) -> Iterator[tuple[str, Tensor]]:
         path: folder or hub name.
 
     Raises:
-        EncoderError: no safetensors, or broken ones.
+        EncoderError: no files of weights, or broken ones.
     """
     from safetensors import safe_open
 
-    files = _weight_files(path)
+    files = weight_files(path)
     if not files:
         raise EncoderError(
-            f"{path}: no file named model.safetensors there, and weights in other files are not read; save the model "
-            "with transformers' save_pretrained"
+            f"{path}: no file named model.safetensors or pytorch_model.bin there; save the model with transformers' "
+            "save_pretrained"
         )
     for file in files:
+        if file.suffix == ".bin":
+            yield from read_weights(file).items()
+            continue
         with refusals(str(file), "its weights are no safetensors that can be read"), safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 yield name, opened.get_tensor(name)

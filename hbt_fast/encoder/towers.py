@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hbt_fast.base.files import whole_folder
 from hbt_fast.base.ranges import NAME, ranges, real, whole
-from hbt_fast.encoder.export import check_place, write
+from hbt_fast.encoder.export import check_place, write, write_adapter
 from hbt_fast.encoder.model import Encoder, EncoderError, room
 from hbt_fast.encoder.prompts import KINDS, choose_prompts
 from hbt_fast.encoder.scratch import encoder_from_scratch
@@ -127,7 +127,7 @@ class Towers(nn.Module):
             for name, encoder in zip(names, self.encoders, strict=True):
                 (begun / name).mkdir(exist_ok=True)
                 if hasattr(encoder.model, "merge_and_unload"):
-                    encoder.model.save_pretrained(begun / name / "adapter")
+                    write_adapter(encoder.model, begun / name / "adapter")
                     encoder.model = encoder.model.merge_and_unload()
                 write(encoder, begun / name)
         return [folder / name for name in names]
