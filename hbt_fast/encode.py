@@ -99,6 +99,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     recorded = "put the prompt before them that is recorded with the model"
     before.add_argument("--as", choices=["query", "passage"], dest="kind", help=recorded)
     before.add_argument("--prompt", help='put this before every text; "" for nothing')
+    of = "with --as: that of a source which the model was trained on, where it had prompts of its own"
+    parser.add_argument("--prompts-of", metavar="SOURCE", help=of)
     parser.add_argument("--batch-tokens", type=at_least_one, default=8192, metavar="N", help="tokens per forward pass")
     parser.add_argument("--dimensions", type=at_least_one, metavar="N", help="keep the first N, normalised again")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="of the vectors")
@@ -179,10 +181,12 @@ def _prompt(args: argparse.Namespace) -> str:
     from hbt_fast.encoder.prompts import RECORDED, choose_prompts
 
     if args.kind is None:
+        if args.prompts_of:
+            raise DataError("--prompts-of goes with --as query or --as passage, not with --prompt; leave one out")
         print(f"prompt {args.prompt!r} (command line)", flush=True)
         return args.prompt
-    prompt = getattr(choose_prompts(args.model, {}, option="--prompt"), args.kind)
-    if prompt.source != RECORDED:
+    prompt = getattr(choose_prompts(args.model, {}, option="--prompt", of=args.prompts_of), args.kind)
+    if prompt.source != RECORDED and not args.prompts_of:
         raise DataError(
             f"no prompt is recorded with {args.model}; in place of --as {args.kind} give --prompt with what its model "
             f"card says, such as --prompt '{args.kind}: ' for E5, or --prompt '' for none"

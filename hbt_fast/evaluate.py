@@ -57,6 +57,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="of the judgements; default: the only one there is, else test, else dev")
     parser.add_argument("--query-prompt", help="default: the one recorded with the model, else none")
     parser.add_argument("--passage-prompt", help="default: the one recorded with the model, else none")
+    of = "those recorded with the model of a source that it was trained on, where that had prompts of its own"
+    parser.add_argument("--prompts-of", metavar="SOURCE", help=of)
     parser.add_argument("--context", action="store_true", help="append the paragraph to each candidate sentence")
     parser.add_argument("--languages", metavar="en,de,..", help="evaluate on these languages only")
     groups = (
@@ -93,7 +95,7 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
     from hbt_fast.encoder.prompts import Prompt, Prompts, choose_prompts
 
     given = {"query": args.query_prompt, "passage": args.passage_prompt}
-    found = choose_prompts(args.model, given, option="--{kind}-prompt")
+    found = choose_prompts(args.model, given, option="--{kind}-prompt", of=args.prompts_of)
     if args.task == "bitext" and args.passage_prompt is None:
         return Prompts(found.query, Prompt("passage", found.query.text, "as the queries'"))
     return found

@@ -152,6 +152,8 @@ def _train(config: Config, prompts: Prompts, world: World, run: Path, log: RunLo
             log.say(f"step {validation.best_step} was the best and is exported")
             parameters = load_checkpoint(checkpoint_folder(run, validation.best_step), None).parameters
         trained.load_trained(parameters)
+        for source in store.sources:
+            trained.record_prompts(source.name, [role.prompt for role in source.roles])
         trained.export(run / "model")
     after = evaluator(spread(trained, world), AFTER, done if validation.best_step is None else validation.best_step)
     if world.first:

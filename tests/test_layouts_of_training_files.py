@@ -336,3 +336,29 @@ def test_a_table_whose_first_line_is_a_row_says_how_to_name_its_columns(tmp_path
     with pytest.raises(DataError, match=r"a.csv:1: the first line must name the columns.*columns: \[query, passage\]"):
         read(tmp_path / "a.csv")
     assert len(read(tmp_path / "a.csv", columns=["query", "passage"])[0]) == 2
+
+
+def test_a_hub_that_is_out_of_reach_is_asked_once(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(url, **options):
+        asked.append((url, options))
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub is asked again"))
+    with pytest.raises(DataError, match=r"^some/data: no such file .*out of reach \(Name or .*set HF_HUB_OFFLINE=1"):
+        read("some/data", format="hf")
+    ((url, options),) = asked
+    assert "/datasets/some/data/" in url
+    assert options == {"timeout": 5.0}
+
+
+def test_format_hf_takes_a_file_too(tmp_path):
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        (tmp_path / name).write_bytes(CONTAINERS[name](LAYOUTS["triplets"][0]))
+        check(read(tmp_path / name, format="hf")[0], "triplets")

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from hbt_fast import encode, evaluate
 from hbt_fast.config import ModelConfig, parse
 from hbt_fast.encoder import Encoder, EncoderError
 from hbt_fast.encoder.export import export
@@ -116,3 +118,33 @@ def test_training_takes_the_recorded_prompts_says_so_and_exports_them(record, tm
 def test_a_folder_that_is_not_there_is_said_to_be_none():
     with pytest.raises(EncoderError, match="/nowhere/model: no such folder; give a checkpoint folder or a hub name"):
         choose_prompts("/nowhere/model", {})
+
+
+def test_prompts_of_a_source_are_exported_and_chosen_by_its_name(record, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record(prompts={"query": "query: ", "document": "passage: "})
+    sources = "data.sources=[{path: rows.jsonl, name: a}, {path: rows.jsonl, name: b, prompts: {query: 'find: '}}]"
+    small = ["batch.size=4", "batch.strategy=mono", "train.steps=1", "train.run_dir=run", "data.store_dir=stores"]
+    small += [f"model.{name}_length=24" for name in ("query_max", "passage_max", "max")]
+    train(parse("t", "", ["model.path=model", sources, *small, "train.engine=torch", "eval.task=none"]))
+    recorded = json.loads((tmp_path / "run/model/config_sentence_transformers.json").read_text())["prompts"]
+    assert recorded == {
+        "query": "query: ", "passage": "passage: ", "document": "passage: ", "b query": "find: ",
+        "b passage": "passage: ",
+    }  # fmt: skip
+    found = choose_prompts("run/model", {}, of="b")
+    assert found.lines == [
+        "query prompt 'find: ' (recorded with the model for source b)",
+        "passage prompt 'passage: ' (recorded with the model for source b)",
+    ]
+    given = choose_prompts("run/model", {"query": "ask: ", "passage": None}, of="b")
+    assert given.lines[0] == "query prompt 'ask: ' (command line)"
+    with pytest.raises(EncoderError, match="no prompts of a source 'a' are recorded with it; there are query, "):
+        choose_prompts("run/model", {}, of="a")
+    (tmp_path / "texts.txt").write_text("en which 1 red\n")
+    lines = ["run/model", "texts.txt", "--as", "query", "--out"]
+    encode.main([*lines, "b.npy", "--prompts-of", "b"])
+    encode.main(["run/model", "texts.txt", "--prompt", "find: ", "--out", "c.npy"])
+    assert (np.load("b.npy") == np.load("c.npy")).all()
+    arguments = evaluate.parse(["--model", "run/model", "--data", "x", "--prompts-of", "b"])
+    assert evaluate.prompts_of(arguments).texts == ("find: ", "passage: ")

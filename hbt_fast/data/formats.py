@@ -14,6 +14,8 @@ from hbt_fast.data.record_rows import UnreadableError, identifier, no_text, rows
 from hbt_fast.data.rows import DataError, Row
 from hbt_fast.data.sources import Source, expand
 
+PATIENCE = 5.0  # seconds that the hub has for its first answer
+
 
 def read_records(source: Source, problems: Problems) -> Iterator[Row]:
     """Records of any container in any layout, or of one file per language joined by the id field."""
@@ -219,11 +221,33 @@ def _loaded(path: str, source: Source) -> Iterator[dict[str, Any]]:
             kind = {"jsonl": "json", "tsv": "csv"}.get(kind, kind)
             loaded = datasets.load_dataset(kind, data_files=path, split="train")
         else:
+            if not Path(path).exists():
+                _see_hub(path)
             loaded = datasets.load_dataset(path, source.config, split=source.split)
         yield from loaded
+    except DataError:
+        raise
     except (*broken, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{path}: cannot be loaded as a Hugging Face data set ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _see_hub(name: str) -> None:
+    """See that the hub answers; `datasets` would try six times for every file, and then say that it is not there."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "README.md", repo_type="dataset"), timeout=PATIENCE)
+    except (HfHubHTTPError, HFValidationError):
+        return  # it answers, or will not be asked; datasets says the rest
+    except Exception as error:  # whatever the HTTP library of the installed huggingface_hub raises
+        raise DataError(
+            f"{name}: no such file or folder, and the hub is out of reach ({error or type(error).__name__}); give a "
+            "path, or where the data set is in the hub's cache, set HF_HUB_OFFLINE=1"
         ) from None
 
 

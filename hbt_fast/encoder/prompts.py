@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hbt_fast.encoder.model import EncoderError
 from hbt_fast.encoder.modules import recorded_prompts
 
 KINDS = ("query", "passage")
@@ -74,6 +75,7 @@ def choose_prompts(
     *,
     by: str | Mapping[str, str] = "command line",
     option: str = "model.{kind}_prompt",
+    of: str | None = None,
 ) -> Prompts:
     """Choose the prompts of a model.
 
@@ -82,12 +84,17 @@ def choose_prompts(
         given: by the user, for "query" and "passage"; None: not.
         by: where what is given stands, for the line that says so: a text, in which {kind} may be, or one per prompt.
         option: what sets a prompt, for hints; may hold {kind}.
+        of: take those that are recorded of a source that the model was trained on, by its name.
 
     Raises:
-        EncoderError: what the checkpoint records cannot be read.
+        EncoderError: what the checkpoint records cannot be read, or it records none of this source.
     """
     chosen = []
     recorded = None
+    if of is not None:
+        named, given = _of_source(model, of), {kind: text for kind, text in given.items() if text is not None}
+        by = {kind: "command line" if kind in given else f"{RECORDED} for source {of}" for kind in KINDS}
+        given = {**named, **given}
     for kind in KINDS:
         if (text := given.get(kind)) is not None:
             chosen.append(Prompt(kind, text, by.format(kind=kind) if isinstance(by, str) else by[kind]))
@@ -101,6 +108,22 @@ def choose_prompts(
         hint = "" if found else _known(model, kind, option.format(kind=kind))
         chosen.append(Prompt(kind, found or "", source, hint))
     return Prompts(*chosen)
+
+
+def name_of_source(source: str, kind: str) -> str:
+    """What the prompt of a source is recorded as."""
+    return f"{source} {kind}"
+
+
+def _of_source(model: str | None, source: str) -> dict[str, str]:
+    """The prompts that are recorded of a source."""
+    named = {} if model is None else recorded_prompts(model).named
+    found = {kind: named[name] for kind in KINDS if (name := name_of_source(source, kind)) in named}
+    if not found:
+        raise EncoderError(
+            f"{model}: no prompts of a source {source!r} are recorded with it; there are {', '.join(named) or 'none'}"
+        )
+    return found
 
 
 def _known(model: str, kind: str, option: str) -> str:

@@ -19,7 +19,7 @@ from hbt_fast.base.files import whole_folder
 from hbt_fast.base.ranges import NAME, ranges, real, whole
 from hbt_fast.encoder.export import check_place, write, write_adapter
 from hbt_fast.encoder.model import Encoder, EncoderError, room
-from hbt_fast.encoder.prompts import KINDS, choose_prompts
+from hbt_fast.encoder.prompts import KINDS, choose_prompts, name_of_source
 from hbt_fast.encoder.scratch import encoder_from_scratch
 
 if TYPE_CHECKING:
@@ -108,6 +108,17 @@ class Towers(nn.Module):
                 f"the checkpoint is of another model: {len(names)} parameters differ, the first is {names[0]}: {shapes}"
             )
         self.load_state_dict(parameters, strict=False)
+
+    def record_prompts(self, source: str, texts: Sequence[str]) -> None:
+        """Have the prompts of a source recorded with the export, where they are others than the model's.
+
+        Args:
+            source: its name.
+            texts: the prompt of its queries, and that of its passages.
+        """
+        for encoder in self.encoders:
+            if [encoder.prompts[kind] for kind in KINDS] != list(texts):
+                encoder.prompts |= {name_of_source(source, kind): text for kind, text in zip(KINDS, texts, strict=True)}
 
     def export(self, folder: Path) -> list[Path]:
         """Write what was trained as folders for AutoModel and SentenceTransformer, adapters merged in.
