@@ -146,5 +146,5 @@ def test_prompts_of_a_source_are_exported_and_chosen_by_its_name(record, tmp_pat
     encode.main([*lines, "b.npy", "--prompts-of", "b"])
     encode.main(["run/model", "texts.txt", "--prompt", "find: ", "--out", "c.npy"])
     assert (np.load("b.npy") == np.load("c.npy")).all()
-    arguments = evaluate.parse(["--model", "run/model", "--data", "x", "--prompts-of", "b"])
+    arguments = evaluate.parse(["run/model", "--data", "x", "--prompts-of", "b"])
     assert evaluate.prompts_of(arguments).texts == ("find: ", "passage: ")
