@@ -1,5 +1,6 @@
 """SentenceTransformerTrainer trains the same parameters with the package's losses and with ours."""
 
+import functools
 import inspect
 import os
 
@@ -31,13 +32,13 @@ CACHED = {
 RANKS = {False: {"directions": ("query_to_doc", "query_to_query")}, True: {"mini_batch_size": 3, **SYMMETRIC}}
 
 
-def losses(cached):
+def losses(cached, symmetric=False):
     """The package's class and ours."""
     from sentence_transformers.sentence_transformer import losses as theirs
 
     import hbt_fast.integrations.sentence_transformers as ours
 
-    name = "CachedMultipleNegativesRankingLoss" if cached else "MultipleNegativesRankingLoss"
+    name = f"{'Cached' * cached}MultipleNegatives{'Symmetric' * symmetric}RankingLoss"
     return getattr(theirs, name), getattr(ours, name)
 
 
@@ -123,6 +124,39 @@ def test_the_cached_loss_trains_equal_parameters_with_dropout_on(folder, case):
     assert_moved_alike(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:The .*RankingLoss is deprecated")  # by the package, and still in use
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_symmetric_losses_train_equal_parameters(folder, cached):
+    options = {"mini_batch_size": 3} if cached else {}
+    theirs, ours = (train(folder, make, 3, options) for make in losses(cached, symmetric=True))
+    assert_moved_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_every_name_of_the_cosine_and_the_inner_product_is_taken(folder, cached):
+    from sentence_transformers import util
+
+    make, model, dot_model = losses(cached)[1], load(folder).eval(), load(folder).eval()
+    dot_model.similarity_fn_name = "dot"
+    features = [model.preprocess(column) for column in texts(3, 6).values()]
+
+    def value(model, function):
+        return make(model, scale=0.5, similarity_fct=function)([dict(x) for x in features], None)
+
+    cosine, dot = value(model, util.cos_sim), value(model, util.dot_score)
+    assert cosine != dot
+    for function in (util.pytorch_cos_sim, model.similarity, functools.partial(util.cos_sim)):
+        assert value(model, function) == cosine
+    for function in (dot_model.similarity, functools.partial(dot_model.similarity)):
+        assert value(dot_model, function) == dot
+    with pytest.raises(ValueError, match="is no inner product"):
+        make(model, similarity_fct=functools.partial(util.cos_sim, b=torch.ones(1, 16)))
+    loss = make(model, similarity_fct=model.similarity)
+    model.similarity_fn_name = "euclidean"  # what the method does is decided when it is called
+    with pytest.raises(ValueError, match=r"similarity_fn_name='euclidean'.*is no inner product"):
+        loss(features, None)
+
+
 def test_in_little_memory_it_trains_the_same(folder):
     theirs, ours = losses(cached=True)
     columns, options = CACHED["by tokens, symmetric"]
@@ -174,10 +208,11 @@ def test_the_model_card_and_their_other_code_know_it(folder):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_constructors_have_their_arguments_in_their_order_with_their_defaults(folder, cached):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_constructors_have_their_arguments_in_their_order_with_their_defaults(folder, cached, symmetric):
     theirs, ours = (
-        [(x.name, x.default) for x in inspect.signature(c).parameters.values() if x.kind != x.KEYWORD_ONLY]
-        for c in losses(cached)
+        [(x.name, x.default) for x in inspect.signature(c.__init__).parameters.values() if x.kind == 1]
+        for c in losses(cached, symmetric)
     )
     assert ours == theirs
 

@@ -1,4 +1,4 @@
-"""sentence-transformers: MultipleNegativesRankingLoss and its cached form, computed by `info_nce`.
+"""sentence-transformers: MultipleNegativesRankingLoss, its cached form and the symmetric ones, computed by `info_nce`.
 
 The lines you had::
 
@@ -19,6 +19,7 @@ logs the average). The gradients, after DDP's averaging, are the same. Ranks may
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -30,13 +31,14 @@ from hbt_fast.loss import info_nce
 
 try:
     from sentence_transformers.sentence_transformer import losses as theirs
-    from sentence_transformers.util import cos_sim, dot_score
+    from sentence_transformers.util import cos_sim, dot_score, pytorch_cos_sim
 except ImportError as error:
     raise ImportError(f'sentence-transformers does not import ({error}); pip install "hbt-fast[st]"') from error
 if not hasattr(theirs.CachedMultipleNegativesRankingLoss, "forward_cached"):
     raise ImportError('gradient caching needs sentence-transformers 6.0 or later; pip install -U "hbt-fast[st]"')
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
+_SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
 class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
@@ -45,7 +47,8 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
     Args:
         model: the SentenceTransformer.
         scale: 1/temperature.
-        similarity_fct: cos_sim or dot_score of sentence_transformers.util.
+        similarity_fct: cos_sim, pytorch_cos_sim or dot_score of sentence_transformers.util; or `model.similarity` of a
+            SentenceTransformer whose similarity_fn_name is "cosine" or "dot".
         gather_across_devices: the passages (and, symmetric, the queries) of all ranks are candidates.
         directions: ("query_to_doc",); with "doc_to_query" and partition_mode="per_direction" the symmetric loss; with
             "query_to_query" and partition_mode="joint" other queries are negatives too.
@@ -129,13 +132,66 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
         return loss.detach() if with_backward else loss
 
 
+class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss with directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        gather_across_devices: bool = False,
+        **precision_and_memory: object,
+    ) -> None:
+        super().__init__(model, scale, similarity_fct, gather_across_devices, **_SYMMETRIC, **precision_and_memory)
+
+
+class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+    """The same by gradient caching."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+        **precision_and_memory: object,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices,
+            show_progress_bar=show_progress_bar, **_SYMMETRIC, **precision_and_memory,
+        )  # fmt: skip
+
+
+def _is_cosine(similarity_fct: Similarity) -> bool:
+    """Whether it is the cosine; False: the inner product.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    function = similarity_fct
+    while isinstance(function, functools.partial) and not function.args and not function.keywords:
+        function = function.func
+    name = getattr(function, "__name__", None)
+    if name == "similarity" and hasattr(function, "__self__"):  # of a SentenceTransformer: what it calls may change
+        name = getattr(function.__self__, "similarity_fn_name", None)
+        if name in ("cosine", "dot"):
+            return name == "cosine"
+        similarity_fct = f"model.similarity with similarity_fn_name={name!r}"
+    if function in (cos_sim, pytorch_cos_sim, dot_score):
+        return function is not dot_score
+    raise ValueError(
+        f"similarity_fct={similarity_fct!r} is no inner product of embeddings; write cos_sim or dot_score of "
+        "sentence_transformers.util, or keep the package's own loss"
+    )
+
+
 def _refuse_what_is_not_info_nce(loss: nn.Module) -> None:
     keep = f"or keep sentence_transformers.losses.{type(loss).__name__}"
-    if loss.similarity_fct not in (cos_sim, dot_score):
-        raise ValueError(
-            f"similarity_fct={loss.similarity_fct!r} is no inner product of embeddings; write cos_sim or dot_score of "
-            f"sentence_transformers.util, {keep}"
-        )
+    _is_cosine(loss.similarity_fct)
     if loss.hardness_mode is not None and loss.hardness_strength > 0:
         raise ValueError(
             f"hardness_mode={loss.hardness_mode!r} changes the logits of negatives; write hardness_mode=None, {keep}"
@@ -155,7 +211,7 @@ def _loss(loss: nn.Module, columns: list[Tensor]) -> Tensor:
         raise ValueError(f"a batch needs a query and a positive column, not {len(columns)} column")
     _refuse_what_is_not_info_nce(loss)  # attributes may have been set since
     queries, passages, ids = columns[0], torch.cat(columns[1:]), None
-    if loss.similarity_fct is cos_sim:
+    if _is_cosine(loss.similarity_fct):
         queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
     group = dist.group.WORLD if loss.gather_across_devices and dist.is_available() and dist.is_initialized() else None
     if "query_to_query" in loss.directions:  # queries are passages with the id of their positive: no negatives of it
