@@ -20,6 +20,7 @@ logs the average). The gradients, after DDP's averaging, are the same. Ranks may
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,16 +51,15 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
         similarity_fct: cos_sim, pytorch_cos_sim or dot_score of sentence_transformers.util; or `model.similarity` of a
             SentenceTransformer whose similarity_fn_name is "cosine" or "dot".
         gather_across_devices: the passages (and, symmetric, the queries) of all ranks are candidates.
-        directions: ("query_to_doc",); with "doc_to_query" and partition_mode="per_direction" the symmetric loss; with
-            "query_to_query" and partition_mode="joint" other queries are negatives too.
-        partition_mode: "joint" or "per_direction".
-        hardness_mode: None, unless hardness_strength is 0.
+        directions: "query_to_doc", and any of "query_to_query", "doc_to_query", "doc_to_doc".
+        partition_mode: "joint", one softmax; or "per_direction", for the first and third: the symmetric loss.
+        hardness_mode: "in_batch_negatives", "hard_negatives", "all_negatives" or None.
         hardness_strength: without effect while hardness_mode is None, as there.
         compute_dtype: operands of the products, as in `info_nce`; None: the dtype of the embeddings.
         workspace_bytes: memory for the loss, as in `info_nce`.
 
     Raises:
-        ValueError: an argument that InfoNCE does not express, here or when the attribute is set later and used.
+        ValueError: a similarity that is no inner product, here or when the attribute is set later and used; or theirs.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
             hardness_strength,
         )  # fmt: skip
         self.compute_dtype, self.workspace_bytes = compute_dtype, workspace_bytes
-        _refuse_what_is_not_info_nce(self)
+        _is_cosine(self.similarity_fct)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """(N, d) queries, (N, d) positives and any number of (N, d) hard negatives -> 0-d loss; labels are not used."""
@@ -120,7 +120,7 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
             partition_mode, show_progress_bar, hardness_mode, hardness_strength,
         )  # fmt: skip
         self.compute_dtype, self.workspace_bytes = compute_dtype, workspace_bytes
-        _refuse_what_is_not_info_nce(self)
+        _is_cosine(self.similarity_fct)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -189,41 +189,26 @@ def _is_cosine(similarity_fct: Similarity) -> bool:
     )
 
 
-def _refuse_what_is_not_info_nce(loss: nn.Module) -> None:
-    keep = f"or keep sentence_transformers.losses.{type(loss).__name__}"
-    _is_cosine(loss.similarity_fct)
-    if loss.hardness_mode is not None and loss.hardness_strength > 0:
-        raise ValueError(
-            f"hardness_mode={loss.hardness_mode!r} changes the logits of negatives; write hardness_mode=None, {keep}"
-        )
-    others = sorted(set(loss.directions) - {"query_to_doc", "query_to_query"})
-    if loss.partition_mode == "joint" and others:
-        raise ValueError(
-            f'directions with {others[0]!r} and partition_mode="joint" put two anchors into one softmax, which is not '
-            'InfoNCE; write directions=("query_to_doc", "doc_to_query") with partition_mode="per_direction" for the '
-            f"symmetric loss, {keep}"
-        )
-
-
 def _loss(loss: nn.Module, columns: list[Tensor]) -> Tensor:
-    """InfoNCE of one query column and one or more passage columns, each (N, d), with the options of `loss`."""
+    """The loss of one query column and one or more passage columns, each (N, d), with the options of `loss`."""
     if len(columns) < 2:
         raise ValueError(f"a batch needs a query and a positive column, not {len(columns)} column")
-    _refuse_what_is_not_info_nce(loss)  # attributes may have been set since
-    queries, passages, ids = columns[0], torch.cat(columns[1:]), None
+    queries, passages = columns[0], torch.cat(columns[1:])
     if _is_cosine(loss.similarity_fct):
         queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
     group = dist.group.WORLD if loss.gather_across_devices and dist.is_available() and dist.is_initialized() else None
-    if "query_to_query" in loss.directions:  # queries are passages with the id of their positive: no negatives of it
-        ids = torch.arange(len(passages), device=queries.device) + (dist.get_rank() << 32 if group else 0)
-        ids, passages = torch.cat([ids, ids[: len(queries)]]), torch.cat([passages, queries])
-    return info_nce(
+    joint = () if loss.partition_mode == "per_direction" else loss.directions
+    value = info_nce(
         queries,
         passages,
         scale=loss.scale,
-        passage_ids=ids,
-        symmetric="doc_to_query" in loss.directions,
+        symmetric=loss.partition_mode == "per_direction" and "doc_to_query" in loss.directions,
+        joint=joint,
+        owners=torch.arange(len(queries), device=queries.device).repeat(len(columns) - 1),
+        hardness_mode=loss.hardness_mode,
+        hardness_strength=loss.hardness_strength,
         group=group,
         compute_dtype=loss.compute_dtype,
         workspace_bytes=loss.workspace_bytes,
     )
+    return value + math.log(2) if "doc_to_query" in joint else value  # the pair is twice in their softmax
