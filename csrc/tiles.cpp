@@ -65,7 +65,8 @@ INLINE T or_zero(T maximum) {
 }
 
 // Who is no negative. A row and a column with one key have one content; a column of key -1 is nobody's negative in row
-// terms (it repeats another column). `pair_*`: a second relation, for column terms only. The margin compares cosines.
+// terms (it repeats another column). `pair_*` and `owner_*`: a second relation of column terms, and of row terms. The
+// margin compares cosines. A row's logits are s * gain, where a hardness of negatives is asked for.
 template <typename T>
 struct Masks {
   const std::int32_t* row_key;   // (R)
@@ -78,11 +79,15 @@ struct Masks {
   const T* col_inverse;      // (C) 1 / |p|
   const T* row_limit;        // (R)
   const T* col_limit;        // (A)
+  const std::int32_t* row_owner;  // (R) or null
+  const std::int32_t* col_owner;  // (C)
+  T gain;                         // 1: no hardness
 };
 
-template <bool margin, typename T>
+template <bool margin, bool owner, typename T>
 INLINE bool row_drops(const Masks<T>& m, std::int64_t i, std::int64_t j, T s) {
   bool drop = (m.row_key[i] == m.col_key[j]) | (m.col_key[j] == -1);
+  if (owner) drop |= m.row_owner[i] == m.col_owner[j];
   if (margin) drop |= s * m.row_inverse[i] * m.col_inverse[j] > m.row_limit[i];
   return drop;
 }
@@ -96,7 +101,7 @@ INLINE bool column_drops(const Masks<T>& m, std::int64_t i, std::int64_t j, T s)
 }
 
 // Maxima of rows [begin, end) over their negatives, and of the first `a` columns over theirs (merged into col_max).
-template <bool margin, bool pair, typename T>
+template <bool margin, bool pair, bool owner, typename T>
 INLINE void maxima(const T* s, std::int64_t stride, std::int64_t begin, std::int64_t end, std::int64_t c,
                    std::int64_t a, const Masks<T> m, T* row_max, T* __restrict col_max) {
   for (std::int64_t i = begin; i < end; ++i) {
@@ -104,21 +109,21 @@ INLINE void maxima(const T* s, std::int64_t stride, std::int64_t begin, std::int
     T top = kNone<T>;
 #pragma omp simd reduction(max : top)
     for (std::int64_t j = 0; j < a; ++j) {
-      const T v = row_drops<margin>(m, i, j, x[j]) ? kNone<T> : x[j];
+      const T v = row_drops<margin, owner>(m, i, j, x[j]) ? kNone<T> : m.gain * x[j];
       const T w = column_drops<margin, pair>(m, i, j, x[j]) ? kNone<T> : x[j];
       top = v > top ? v : top;
       col_max[j] = w > col_max[j] ? w : col_max[j];
     }
 #pragma omp simd reduction(max : top)
     for (std::int64_t j = a; j < c; ++j) {
-      const T v = row_drops<margin>(m, i, j, x[j]) ? kNone<T> : x[j];
+      const T v = row_drops<margin, owner>(m, i, j, x[j]) ? kNone<T> : m.gain * x[j];
       top = v > top ? v : top;
     }
     row_max[i] = top;
   }
 }
 
-template <bool margin, bool pair, typename T>
+template <bool margin, bool pair, bool owner, typename T>
 INLINE void sums(const T* s, std::int64_t stride, std::int64_t begin, std::int64_t end, std::int64_t c,
                  std::int64_t a, const Masks<T> m, const T* row_max, T* row_sum, const T* __restrict col_max,
                  T* __restrict col_sum) {
@@ -128,20 +133,20 @@ INLINE void sums(const T* s, std::int64_t stride, std::int64_t begin, std::int64
     T sum = T(0);
 #pragma omp simd reduction(+ : sum)
     for (std::int64_t j = 0; j < a; ++j) {
-      const T e = exp_of(x[j] - top), f = exp_of(x[j] - col_max[j]);
-      sum += row_drops<margin>(m, i, j, x[j]) ? T(0) : e;
+      const T e = exp_of(m.gain * x[j] - top), f = exp_of(x[j] - col_max[j]);
+      sum += row_drops<margin, owner>(m, i, j, x[j]) ? T(0) : e;
       col_sum[j] += column_drops<margin, pair>(m, i, j, x[j]) ? T(0) : f;
     }
 #pragma omp simd reduction(+ : sum)
     for (std::int64_t j = a; j < c; ++j) {
-      const T e = exp_of(x[j] - top);
-      sum += row_drops<margin>(m, i, j, x[j]) ? T(0) : e;
+      const T e = exp_of(m.gain * x[j] - top);
+      sum += row_drops<margin, owner>(m, i, j, x[j]) ? T(0) : e;
     }
     row_sum[i] = sum;
   }
 }
 
-template <bool margin, bool pair, typename T>
+template <bool margin, bool pair, bool owner, typename T>
 INLINE void gradients(T* s, std::int64_t stride, std::int64_t begin, std::int64_t end, std::int64_t c,
                       std::int64_t a, const Masks<T> m, const T* row_max, const T* row_factor,
                       const T* __restrict col_max, const T* __restrict col_factor) {
@@ -150,24 +155,27 @@ INLINE void gradients(T* s, std::int64_t stride, std::int64_t begin, std::int64_
     const T top = or_zero(row_max[i]), factor = row_factor[i];
 #pragma omp simd
     for (std::int64_t j = 0; j < a; ++j) {
-      const T e = factor * exp_of(x[j] - top), f = col_factor[j] * exp_of(x[j] - col_max[j]);
-      x[j] = (row_drops<margin>(m, i, j, x[j]) ? T(0) : e) + (column_drops<margin, pair>(m, i, j, x[j]) ? T(0) : f);
+      const T e = factor * exp_of(m.gain * x[j] - top), f = col_factor[j] * exp_of(x[j] - col_max[j]);
+      x[j] = (row_drops<margin, owner>(m, i, j, x[j]) ? T(0) : e) + (column_drops<margin, pair>(m, i, j, x[j]) ? T(0) : f);
     }
 #pragma omp simd
     for (std::int64_t j = a; j < c; ++j) {
-      const T e = factor * exp_of(x[j] - top);
-      x[j] = row_drops<margin>(m, i, j, x[j]) ? T(0) : e;
+      const T e = factor * exp_of(m.gain * x[j] - top);
+      x[j] = row_drops<margin, owner>(m, i, j, x[j]) ? T(0) : e;
     }
   }
 }
 
 // The loops, compiled once per instruction set. Options are resolved outside them, by a macro because a lambda would not be
 // compiled along.
-#define WITH_OPTIONS(function, ...)                                   \
-  if (m.row_inverse && m.row_pair) function<true, true>(__VA_ARGS__); \
-  else if (m.row_inverse) function<true, false>(__VA_ARGS__);         \
-  else if (m.row_pair) function<false, true>(__VA_ARGS__);            \
-  else function<false, false>(__VA_ARGS__)
+#define WITH_OWNER(function, margin, pair, ...)                     \
+  if (m.row_owner) function<margin, pair, true>(__VA_ARGS__);       \
+  else function<margin, pair, false>(__VA_ARGS__)
+#define WITH_OPTIONS(function, ...)                                                        \
+  if (m.row_inverse && m.row_pair) { WITH_OWNER(function, true, true, __VA_ARGS__); }      \
+  else if (m.row_inverse) { WITH_OWNER(function, true, false, __VA_ARGS__); }              \
+  else if (m.row_pair) { WITH_OWNER(function, false, true, __VA_ARGS__); }                 \
+  else { WITH_OWNER(function, false, false, __VA_ARGS__); }
 
 template <typename T>
 struct Tile {
@@ -232,18 +240,23 @@ Tile<T> tile_of(const Tensor& s, const Maybe& col_term) {
 
 #define MASK_ARGUMENTS                                                                                    \
   Tensor row_key, Tensor col_key, Maybe row_term, Maybe col_term, Maybe row_pair, Maybe col_pair,         \
-      Maybe row_inverse, Maybe col_inverse, Maybe row_limit, Maybe col_limit
-#define MASK_NAMES row_key, col_key, row_term, col_term, row_pair, col_pair, row_inverse, col_inverse, row_limit, col_limit
+      Maybe row_inverse, Maybe col_inverse, Maybe row_limit, Maybe col_limit, Maybe row_owner,            \
+      Maybe col_owner, Maybe row_gain
+#define MASK_NAMES                                                                                        \
+  row_key, col_key, row_term, col_term, row_pair, col_pair, row_inverse, col_inverse, row_limit, col_limit, \
+      row_owner, col_owner, row_gain
 #define MASK_SCHEMA                                                                                              \
   "Tensor row_key, Tensor col_key, Tensor? row_term, Tensor? col_term, Tensor? row_pair, Tensor? col_pair, "     \
-  "Tensor? row_inverse, Tensor? col_inverse, Tensor? row_limit, Tensor? col_limit"
+  "Tensor? row_inverse, Tensor? col_inverse, Tensor? row_limit, Tensor? col_limit, Tensor? row_owner, "          \
+  "Tensor? col_owner, Tensor? row_gain"
 
 template <typename T>
 Masks<T> masks_of(MASK_ARGUMENTS) {
   using Key = std::int32_t;
   return {values<Key>(row_key),  values<Key>(col_key),   values<Key>(row_term),  values<Key>(col_term),
           values<Key>(row_pair), values<Key>(col_pair),  values<T>(row_inverse), values<T>(col_inverse),
-          values<T>(row_limit),  values<T>(col_limit)};
+          values<T>(row_limit),  values<T>(col_limit),   values<Key>(row_owner), values<Key>(col_owner),
+          row_gain ? *values<T>(row_gain) : T(1)};
 }
 
 template <typename T>

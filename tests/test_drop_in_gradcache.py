@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from ranks import run_ranks
 
 from hbt_fast import InfoNCELoss
-from hbt_fast.integrations.gradcache import DistributedContrastiveLoss, SimpleContrastiveLoss
+from hbt_fast.integrations.gradcache import (
+    ContrastiveLossWithQueryClosure,
+    DistributedContrastiveLoss,
+    SimpleContrastiveLoss,
+)
 
 TOLERANCE = 1e-5  # of the way that was moved: see test_drop_in_torch.py
 STEPS, BATCH, WIDTH = 3, 10, 16
@@ -23,8 +27,15 @@ def grad_cache():
     if importlib.util.find_spec("grad_cache") is None:
         sys.modules.setdefault("grad_cache", pytest.importorskip("gradcache"))
     package = sys.modules.get("grad_cache") or importlib.import_module("grad_cache")
-    cache, loss = (importlib.import_module(f"{package.__name__}.{part}") for part in ("grad_cache", "loss"))
+    cache, loss = (package_part(part, package) for part in ("grad_cache", "loss"))
     return cache.GradCache, loss.SimpleContrastiveLoss, loss.DistributedContrastiveLoss
+
+
+def package_part(name, package=None):
+    if package is None:
+        grad_cache()
+        package = sys.modules["grad_cache"]
+    return importlib.import_module(f"{package.__name__}.{name}")
 
 
 class Tower(torch.nn.Module):
@@ -93,6 +104,55 @@ def test_the_plain_module_is_a_loss_fn_as_it_is():
     theirs, _ = train(grad_cache()[1](), batches(1))
     ours, _ = train(InfoNCELoss(scale=1.0), batches(1), reduction="mean")
     assert_moved_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_passages_alone_may_be_cached_and_the_queries_come_from_a_closure(negatives):
+    def train_passages(loss_fn):
+        tower, queries = Tower(0.2), Tower(0.0)
+        step = grad_cache()[0](models=[tower], chunk_sizes=4, loss_fn=loss_fn)
+        torch.manual_seed(2)
+        for q, p in batches(1 + negatives):
+            step(p, query_closure=lambda q=q: queries(q))
+            for x in (*tower.parameters(), *queries.parameters()):
+                x.data -= 0.05 * x.grad
+                x.grad = None
+        return [{name: x.detach() for name, x in t.named_parameters()} for t in (tower, queries)]
+
+    theirs = train_passages(package_part("loss").ContrastiveLossWithQueryClosure(negatives))
+    ours = train_passages(ContrastiveLossWithQueryClosure(negatives))
+    for ours_of, theirs_of in zip(ours, theirs, strict=True):
+        assert_moved_alike(ours_of, theirs_of)
+    (q, p) = batches(1 + negatives)[0]
+    both = ContrastiveLossWithQueryClosure(negatives)(q, p, reduction="sum")
+    assert both == SimpleContrastiveLoss(negatives)(q, p, reduction="sum")
+
+
+def test_a_closure_beside_queries_or_neither_is_refused():
+    (q, p), loss = batches(1)[0], ContrastiveLossWithQueryClosure()
+    for reps, closure in (((q, p), lambda: q), ((p,), None), ((), lambda: q)):
+        with pytest.raises(ValueError, match=f"got {len(reps)} tensors and (no|a) query_closure; pass the passages"):
+            loss(*reps, query_closure=closure)
+
+
+def test_the_functional_form_trains_equal_parameters():
+    functional = package_part("functional")
+
+    def train_functionally(loss_fn):
+        tower = Tower(0.2)
+        embed, loss_of = functional.cached(tower), functional.cat_input_tensor(loss_fn)
+        torch.manual_seed(2)
+        for q, p in batches(1):
+            parts = [[embed(x) for x in side.split(4)] for side in (q, p)]
+            loss_of(*([reps for reps, _ in side] for side in parts)).backward()
+            for reps, finish in (*parts[0], *parts[1]):
+                finish(reps)
+            for x in tower.parameters():
+                x.data -= 0.05 * x.grad
+                x.grad = None
+        return {name: x.detach() for name, x in tower.named_parameters()}
+
+    assert_moved_alike(train_functionally(SimpleContrastiveLoss()), train_functionally(grad_cache()[1]()))
 
 
 def test_content_ids_are_in_the_order_of_the_passages():

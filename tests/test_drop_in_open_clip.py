@@ -11,22 +11,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
 
-from hbt_fast.integrations.open_clip import ClipLoss
+from hbt_fast.integrations.open_clip import ClipLoss, CoCaLoss, DistillClipLoss
 
 TOLERANCE = 1e-5  # of the way that was moved: see test_drop_in_torch.py
 STEPS, BATCH, WIDTH = 3, 10, 16
 OPTIONS = [(local, gather) for local in (False, True) for gather in (False, True)]
 
 
-def their_clip_loss():
-    """The package's file that holds it, which imports torch alone; the package imports torchvision and timm."""
+def their(name="ClipLoss"):
+    """A class of the package's file, which imports torch alone; the package imports torchvision and timm."""
     found = importlib.util.find_spec("open_clip")
     if found is None:
         pytest.skip("no open_clip_torch")
     spec = importlib.util.spec_from_file_location("open_clip_loss", Path(found.origin).with_name("loss.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ClipLoss
+    return getattr(module, name)
 
 
 class Clip(torch.nn.Module):
@@ -85,7 +85,7 @@ def assert_moved_alike(ours, theirs):
 
 @pytest.mark.parametrize("model_options", [{}, {"bias": True}, {"scale_shape": (1,)}])
 def test_equal_parameters_and_scale_in_one_process(model_options):
-    ours, theirs = (train(make(), batches(), **model_options) for make in (ClipLoss, their_clip_loss()))
+    ours, theirs = (train(make(), batches(), **model_options) for make in (ClipLoss, their()))
     assert_moved_alike(ours, theirs)
     if "bias" in model_options:
         assert ours[2]["logit_bias"] == 0
@@ -95,18 +95,66 @@ def test_equal_parameters_and_scale_in_one_process(model_options):
 def test_output_is_theirs_with_and_without_dictionary():
     features = [F.normalize(x, dim=-1) for x in batches()[0]]
     for scale in (10.0, torch.tensor(10.0)):
-        ours, theirs = ClipLoss(cache_labels=True)(*features, scale), their_clip_loss()()(*features, scale)
+        ours, theirs = ClipLoss(cache_labels=True)(*features, scale), their()()(*features, scale)
         torch.testing.assert_close(ours, theirs)
     assert list(ClipLoss()(*features, 10.0, output_dict=True)) == ["contrastive_loss"]
 
 
-def test_constructor_and_call_have_their_arguments():
-    for method in ("__init__", "forward"):
-        theirs, ours = (
-            [(x.name, x.default) for x in inspect.signature(getattr(c, method)).parameters.values() if x.kind != 3]
-            for c in (their_clip_loss(), ClipLoss)
-        )
-        assert ours == theirs, method
+@pytest.mark.parametrize("method", ["__init__", "forward", "get_logits", "get_ground_truth"])
+@pytest.mark.parametrize("ours", [ClipLoss, DistillClipLoss, CoCaLoss])
+def test_constructor_and_methods_have_their_arguments(ours, method):
+    theirs, ours = (
+        [(x.name, x.default) for x in inspect.signature(getattr(c, method)).parameters.values() if x.kind == 1]
+        for c in (their(ours.__name__), ours)
+    )
+    assert ours == theirs
+
+
+def test_logits_and_ground_truth_are_theirs():
+    features = [F.normalize(x, dim=-1) for x in batches()[0]]
+    for more in ((), (torch.tensor(-2.0),)):
+        for a, b in zip(ClipLoss().get_logits(*features, 9.0, *more), their()().get_logits(*features, 9.0, *more)):  # noqa: B905
+            torch.testing.assert_close(a, b)
+    for options in ({}, {"world_size": 3, "rank": 2, "local_loss": True, "gather_with_grad": True}):
+        a, b = (make(**options).get_ground_truth(torch.device("cpu"), 5) for make in (ClipLoss, their()))
+        assert torch.equal(a, b)
+
+
+def captions():
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(BATCH, 7, 11, generator=g), torch.randint(0, 11, (BATCH, 7), generator=g)
+
+
+@pytest.mark.parametrize("weights", [(2.0, 1.0), (1.0, 0.0), (0.5, 3.0)])
+def test_the_captioning_loss_has_their_values_and_gradients(weights):
+    results = []
+    for make in (CoCaLoss, their("CoCaLoss")):
+        leaves = [F.normalize(x, dim=-1).requires_grad_() for x in batches()[0]]
+        tokens, labels = captions()
+        tokens.requires_grad_()
+        out = make(*weights, pad_id=3)(*leaves, tokens, labels, torch.tensor(10.0), output_dict=True)
+        assert list(out) == ["contrastive_loss", "caption_loss"]
+        sum(out.values()).backward()
+        results.append([*out.values(), tokens.grad, *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, check_dtype=False)  # theirs, not computed, is an integer 0
+
+
+@pytest.mark.parametrize("output_dict", [False, True])
+def test_the_distilling_loss_has_their_values_and_gradients(output_dict):
+    results = []
+    for make in (DistillClipLoss, their("DistillClipLoss")):
+        leaves = [F.normalize(x, dim=-1).requires_grad_() for x in batches()[0]]
+        scale = torch.tensor(10.0, requires_grad=True)
+        teacher = [F.normalize(x[:, :4], dim=-1) for x in batches()[1]]
+        out = make()(*leaves, scale, *teacher, 15.0, output_dict=output_dict)
+        values = list(out.values()) if output_dict else list(out)
+        (values[0] + 0.3 * values[1]).backward()
+        results.append([*values, *(x.grad for x in (*leaves, scale))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch):
@@ -120,15 +168,31 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
         ClipLoss(world_size=2, rank=1)(*features, 10.0)
 
 
+def distilled(loss, data):
+    """`train` with a teacher: the batch itself, in another place."""
+    teacher = iter([F.normalize(x, dim=-1) for x in pair] for pair in data)
+
+    def with_teacher(**features):
+        images, texts = next(teacher)
+        return loss(
+            **features, dist_image_features=images, dist_text_features=texts, dist_logit_scale=torch.tensor(5.0)
+        )
+
+    return train(with_teacher, data)
+
+
 def worker(rank, world, out):
     dist.init_process_group("gloo")
     data = [(x.view(world, -1, WIDTH)[rank], y.view(world, -1, WIDTH)[rank]) for x, y in batches()]
     results = {}
     for local, gather in OPTIONS:
         options = {"local_loss": local, "gather_with_grad": gather, "rank": rank, "world_size": world}
-        results["theirs", local, gather] = train(their_clip_loss()(**options), data)
+        results["theirs", local, gather] = train(their()(**options), data)
         if gather or not local:
             results["ours", local, gather] = train(ClipLoss(**options), data)
+        if gather:
+            results["distilled", local] = distilled(DistillClipLoss(**options), data)
+            results["distilled, theirs", local] = distilled(their("DistillClipLoss")(**options), data)
     with pytest.raises(ValueError, match=f"but torch.distributed has rank {rank} of 2"):
         ClipLoss(rank=rank, world_size=3)(*data[0], 10.0)
     torch.save(results, f"{out}/{rank}.pt")
@@ -136,7 +200,7 @@ def worker(rank, world, out):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    their_clip_loss()
+    their()
     out = tmp_path_factory.mktemp("open_clip")
     run_ranks(worker, 2, str(out))
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
@@ -144,15 +208,23 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize(("local", "gather"), [(False, False), (False, True), (True, True)])
 def test_two_ranks_train_what_one_process_trains_on_the_whole_batch(ranks, local, gather):
-    whole = train(their_clip_loss()(), batches())
+    whole = train(their()(), batches())
     for results in ranks:
         assert_moved_alike(results["ours", local, gather], whole)
         if gather:
             assert_moved_alike(results["ours", local, gather], results["theirs", local, gather])
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_two_ranks_distil_what_one_process_does(ranks, local):
+    whole = distilled(their("DistillClipLoss")(), batches())
+    for results in ranks:
+        assert_moved_alike(results["distilled", local], whole)
+        assert_moved_alike(results["distilled, theirs", local], whole)
+
+
 def test_without_gather_with_grad_their_gradients_are_what_the_table_says(ranks):
-    exact = train(their_clip_loss()(), batches())[2]
+    exact = train(their()(), batches())[2]
     for results in ranks:
         for local, gather in OPTIONS:
             theirs = results["theirs", local, gather][2]

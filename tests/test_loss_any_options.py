@@ -5,6 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hbt_fast.loss import info_nce_with_grad, tiles
+from hbt_fast.loss.arguments import DIRECTIONS, HARDNESS_MODES
 
 BACKENDS = ["torch-chunked", "cpu"] if tiles.compiled() else ["torch-chunked"]
 
@@ -35,7 +36,11 @@ def calls(draw):
         ),  # no ties, which rounding decides
         "own_negatives": some(numbers(n, k, d)),
         "reduction": draw(st.sampled_from(["mean", "sum"])),
+        "owners": some(torch.randint(-1, n, (m,), generator=g)),
+        "hardness_mode": draw(st.sampled_from([None, *HARDNESS_MODES])),
+        "hardness_strength": draw(st.sampled_from([0.0, 0.3, 9.0])),
     }
+    options["joint"] = () if options["symmetric"] else tuple(draw(st.sets(st.sampled_from(DIRECTIONS))))
     length = draw(st.sampled_from([1e-3, 1.0, 5.0])) / d**0.5
     return numbers(n, d) * length, numbers(m, d) * length, options, draw(st.sampled_from([1, 500, 10_000, None]))
 

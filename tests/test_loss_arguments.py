@@ -41,6 +41,13 @@ MISTAKES = {
     "backend": ({"backend": "numpy"}, "backend='numpy' is not available; available: 'auto', 'triton', 'cpu', 'torch'"),
     "group": ({"group": 0}, "group must be a torch.distributed group"),
     "overflow": ({"queries": Q * 1e5, "compute_dtype": "fp16"}, "queries overflows in fp16"),
+    "joint": ({"joint": ("queries",)}, "joint must be one of 'query_to_doc', 'query_to_query', 'doc_to_query'"),
+    "joint string": ({"joint": "doc_to_doc"}, r"joint must be a tuple of names, e.g. \('query_to_query',\)"),
+    "joint symmetric": ({"joint": ("doc_to_doc",), "symmetric": True}, "symmetric=True has a softmax per direction"),
+    "owners": ({"owners": torch.arange(3)}, r"owners must be an int64 tensor of shape \(5,\)"),
+    "owners range": ({"owners": torch.arange(5)}, r"owners must be queries of this rank, in \[0, 3\), or -1"),
+    "hardness_mode": ({"hardness_mode": "hard"}, "hardness_mode must be one of 'in_batch_negatives'"),
+    "hardness_strength": ({"hardness_strength": -1.0}, "hardness_strength must be a finite number >= 0, not -1.0"),
     "device": ({"passages": P.to("meta")}, "passages is on meta but queries is on cpu"),
 }
 

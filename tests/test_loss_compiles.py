@@ -13,10 +13,12 @@ def _fresh():
 
 
 @pytest.mark.parametrize("backend", ["torch", *TILED])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_equals_eager(backend, reduction):
+@pytest.mark.parametrize(("reduction", "symmetric"), [("mean", False), ("none", True)])
+def test_compiled_equals_eager(backend, reduction, symmetric):
     args, o = case(12, 20, 8, torch.float64, True, True, True)
-    o |= {"symmetric": True, "duplicates": "mask", "reduction": reduction, "backend": backend}
+    o |= {"symmetric": symmetric, "duplicates": "mask", "reduction": reduction, "backend": backend}
+    o |= {"joint": () if symmetric else ("query_to_query", "doc_to_doc"), "owners": torch.arange(20) % 13 - 1}
+    o |= {"hardness_mode": "hard_negatives", "hardness_strength": 2.0}
     own = o.pop("own_negatives")
 
     def step(q, p, scale, own):

@@ -50,6 +50,41 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(backend, n, m, d
         assert relative(a, t) <= 2 * relative(b, t) + 1e-6
 
 
+GTE = ("query_to_query", "doc_to_query", "doc_to_doc")
+
+
+def gte(q, p, scale, hardness):
+    """The joint loss of four directions in plain torch, with every negative of the first one hardened."""
+    s, n = [(scale * (a @ b.T)).float() for a, b in ((q, p), (q, q), (p[: len(q)], q), (p[: len(q)], p))], len(q)
+    own = torch.eye(n, dtype=torch.bool)
+    own_M = F.pad(own, (0, len(p) - n))
+    s[0] = s[0] + (hardness / scale * s[0]).detach().masked_fill(own_M, 0.0)
+    s[1], s[3] = s[1].masked_fill(own, -math.inf), s[3].masked_fill(own_M, -math.inf)
+    return F.cross_entropy(torch.cat(s, dim=1), torch.arange(n)) - math.log(2)
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hardness", [0.0, 9.0])
+def test_the_same_holds_with_joint_directions_and_hardness(backend, scale, dtype, hardness):
+    truth_in = near_pairs(130, 253, 61)
+    o = {"scale": scale, "joint": GTE, "hardness_mode": "all_negatives", "hardness_strength": hardness}
+    q, p = (x.to(dtype) for x in truth_in)
+    ours = info_nce_with_grad(q, p, **o, backend=backend)
+    assert ours.queries.dtype == ours.passages.dtype == dtype
+    results = []
+    for x in (truth_in, (q, p)):
+        leaves = [y.clone().requires_grad_() for y in x]
+        if x is truth_in:
+            loss = info_nce(*leaves, **o, backend="torch")
+            torch.testing.assert_close(loss.float(), gte(*leaves, scale, hardness))
+        else:
+            loss = gte(*leaves, scale, hardness)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for a, t, b in zip(ours[:3], *results, strict=True):
+        assert relative(a, t) <= 2 * relative(b, t) + 1e-6
+
+
 @pytest.mark.parametrize("compute_dtype", ["fp16", "bf16", "tf32"])
 def test_compute_dtype_rounds_the_operands_and_nothing_else(backend, compute_dtype):
     truth_in = near_pairs(60, 90, 48)
@@ -81,15 +116,15 @@ def test_half_inputs_have_fp32_logits(backend):
 
 
 @pytest.mark.parametrize("target", [1e-9, 1e-7, 1e-5, 1e-3])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_gradient_is_right_to_a_thousandth_at_tiny_losses(backend, target, symmetric):
+@pytest.mark.parametrize("o", [{}, {"symmetric": True}, {"joint": GTE}])
+def test_gradient_is_right_to_a_thousandth_at_tiny_losses(backend, target, o):
     n = 16
     q = torch.eye(n, dtype=torch.float64) + 0.02 * unit(n, n)
     q = F.normalize(q, dim=1)
     p = F.normalize(torch.eye(n, dtype=torch.float64) + 0.02 * unit(n, n, seed=3), dim=1)
     scale = math.log((n - 1) / target)
-    exact = info_nce_with_grad(q, p, scale=scale, symmetric=symmetric, backend="torch")
-    ours = info_nce_with_grad(q.float(), p.float(), scale=scale, symmetric=symmetric, backend=backend)
+    exact = info_nce_with_grad(q, p, scale=scale, **o, backend="torch")
+    ours = info_nce_with_grad(q.float(), p.float(), scale=scale, **o, backend=backend)
     assert 0.3 * target < exact.loss < 3 * target
     for a, b in zip(ours, exact, strict=True):
         assert relative(a, b) < 1e-3
@@ -104,8 +139,10 @@ def test_large_scales_neither_underflow_nor_overflow(backend, scale):
     for a, b in zip(ours, exact, strict=True):
         assert torch.isfinite(a).all()
         assert relative(a, b) < 1e-6 * scale
-    ours = info_nce_with_grad((100 * q).float(), (-100 * q).float(), scale=scale, symmetric=True, backend=backend)
-    assert all(torch.isfinite(x).all() for x in ours)
+    hard = {"joint": GTE, "hardness_mode": "all_negatives", "hardness_strength": 9.0}
+    for o in ({"symmetric": True}, hard):
+        ours = info_nce_with_grad((100 * q).float(), (-100 * q).float(), scale=scale, **o, backend=backend)
+        assert all(torch.isfinite(x).all() for x in ours)
 
 
 def test_an_exact_tie_has_half_the_slope(backend):
@@ -117,10 +154,11 @@ def test_an_exact_tie_has_half_the_slope(backend):
 
 
 @pytest.mark.parametrize("duplicates", ["mask", "positive"])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_rows_without_negatives_have_no_loss_and_no_gradient(backend, duplicates, symmetric):
+@pytest.mark.parametrize("more", [{}, {"symmetric": True}, {"joint": GTE}])
+def test_rows_without_negatives_have_no_loss_and_no_gradient(backend, duplicates, more):
     q, p = unit(3, 5), unit(3, 5, seed=1)
-    o = {"duplicates": duplicates, "symmetric": symmetric, "backend": backend}
+    o = {"duplicates": duplicates, "backend": backend, **more}
+    o |= {"hardness_mode": "all_negatives", "hardness_strength": 3.0}
     for ids in (torch.zeros(3, dtype=torch.int64), None):
         if ids is None:
             q, p = q[:1], p[:1]
@@ -186,10 +224,8 @@ def test_rows_beside_a_tile_are_not_read(backend, n):
 def test_scale_acts_in_every_path_and_its_gradient_is_exact(backend):
     # Tevatron: temperature ignored on the cached path. inf-cl, open_clip #616: the scale's gradient off by a factor
     q, p = unit(8, 5), unit(12, 5, seed=1)
-    for symmetric in (False, True):
-        loss = [
-            info_nce_with_grad(q, p, scale=s, symmetric=symmetric, backend=backend) for s in (7 - 1e-5, 7.0, 7 + 1e-5)
-        ]
+    for o in ({}, {"symmetric": True}, {"joint": GTE}):
+        loss = [info_nce_with_grad(q, p, scale=s, **o, backend=backend) for s in (7 - 1e-5, 7.0, 7 + 1e-5)]
         difference = (loss[2].loss - loss[0].loss) / 2e-5
         assert loss[1].scale.item() == pytest.approx(difference.item(), rel=1e-7)
 

@@ -82,12 +82,32 @@ def oracle(q, p, o):
     cosine = F.normalize(q.detach(), dim=1) @ F.normalize(p.detach(), dim=1).T
     margin = math.inf if o["false_negative_margin"] is None else o["false_negative_margin"]
     further_count = o["duplicates"] == "positive"
+    joint, mode = o.get("joint", ()), o.get("hardness_mode")
+    owners = [-1] * m if o.get("owners") is None else o["owners"].tolist()
 
     def term(positives, negatives):
         if not negatives:
             return q.sum() * 0
-        z = sum(torch.exp(x) for x in negatives)
+        z = sum(torch.exp(x) for x in negatives) / (2 if "doc_to_query" in joint else 1)
         return sum(torch.log1p(z / torch.exp(x)) for x in positives) / len(positives)
+
+    def hard(s, own):
+        meant = mode == "all_negatives" or mode == ("hard_negatives" if own else "in_batch_negatives")
+        return s + o["hardness_strength"] * (s / o["scale"]).detach() if meant else s
+
+    def also(i, limit):
+        same_query = [y[k] == y[i] or (qid is not None and qid[k] == qid[i]) for k in range(n)]
+        same_passage = [j == y[i] or owners[j] == i or (pid is not None and pid[j] == pid[y[i]]) for j in range(m)]
+        blocks = {
+            "query_to_query": (q[i], q, same_query),
+            "doc_to_query": (p[y[i]], q, same_query),
+            "doc_to_doc": (p[y[i]], p, same_passage),
+        }
+        for name in joint:
+            anchor, candidates, same = blocks[name]
+            for x, left_out in zip(candidates, same, strict=True):
+                if not left_out and F.cosine_similarity(anchor.detach(), x.detach(), dim=0) <= limit:
+                    yield o["scale"] * anchor @ x
 
     losses = []
     for i in range(n):
@@ -100,11 +120,11 @@ def oracle(q, p, o):
             if pid is not None and pid[j] == pid[y[i]]:
                 positives += [s] if further_count else []
             elif cosine[i, j] <= limit:
-                negatives.append(s)
+                negatives.append(hard(s, owners[j] == i))
         for x in [] if o["own_negatives"] is None else o["own_negatives"][i]:
             if F.cosine_similarity(q[i].detach(), x.detach(), dim=0) <= limit:
-                negatives.append(o["scale"] * q[i] @ x)
-        row = term(positives, negatives)
+                negatives.append(hard(o["scale"] * q[i] @ x, own=True))
+        row = term(positives, [*negatives, *also(i, limit)])
         if o["symmetric"]:
             positives, negatives = [o["scale"] * q[i] @ p[y[i]]], []
             for k in range(n):
@@ -147,6 +167,38 @@ def test_every_option_does_what_the_contract_says(backend, symmetric, duplicates
         check(info_nce(q, p, **o, backend=backend), oracle(q, p, o), inputs)
 
 
+OTHER_DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("joint", [j for r in range(4) for j in itertools.combinations(OTHER_DIRECTIONS, r)])
+@pytest.mark.parametrize("mode", [None, "in_batch_negatives", "hard_negatives", "all_negatives"])
+def test_joint_directions_and_hardness_do_what_the_contract_says(backend, joint, mode):
+    n, m, d, k = 7, 11, 4, 2
+    q, p, own = embeddings(n, m, d, k=k)
+    g = torch.Generator().manual_seed(3)
+    for ids, owners, with_own, margin in ((0, 1, 0, None), (1, 1, 1, None), (1, 0, 1, 0.1), (0, 1, 1, 0.1)):
+        o = {
+            "scale": torch.tensor(6.0, dtype=torch.float64, requires_grad=True),
+            "positives": torch.tensor([0, 4, 4, 10, 2, 7, 1]),
+            "passage_ids": torch.randint(0, 6, (m,), generator=g) if ids else None,
+            "query_ids": torch.randint(0, 3, (n,), generator=g) if ids and with_own else None,
+            "duplicates": "positive" if ids and owners else "mask",
+            "weights": torch.rand(n, generator=g, dtype=torch.float64),
+            "symmetric": not joint,
+            "false_negative_margin": margin,
+            "own_negatives": own if with_own else None,
+            "joint": joint,
+            "owners": torch.randint(-1, n, (m,), generator=g) if owners else None,
+            "hardness_mode": mode,
+            "hardness_strength": 2.5,
+        }
+        inputs = [q, p, o["scale"]] + ([own] if with_own else [])
+        for workspace_bytes in (1, None):
+            loss = info_nce(q, p, **o, backend=backend, workspace_bytes=workspace_bytes)
+            check(loss, oracle(q, p, o), inputs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradients_are_the_finite_differences(backend, symmetric):
@@ -156,6 +208,7 @@ def test_gradients_are_the_finite_differences(backend, symmetric):
 
     def loss(q, p, scale, own, reduction):
         o = {"positives": y, "passage_ids": ids, "duplicates": "positive", "symmetric": symmetric}
+        o |= {} if symmetric else {"joint": OTHER_DIRECTIONS}
         return info_nce(q, p, scale=scale, own_negatives=own, reduction=reduction, backend=backend, **o)
 
     for reduction in ("mean", "none"):

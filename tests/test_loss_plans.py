@@ -1,5 +1,7 @@
 """The planner as a table: what is kept, how many products, how much memory; and that the memory is what it says."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from hbt_fast import explain, info_nce_with_grad
 from hbt_fast.loss import tiles
 
 MIB = 2**20
+GTE = ("query_to_query", "doc_to_query", "doc_to_doc")
 built = pytest.mark.skipif(tiles.compiled() is None, reason="csrc/ was not built here")
 
 
@@ -58,7 +61,53 @@ def test_auto_takes_the_compiled_form_where_it_was_built(monkeypatch):
         info_nce_with_grad(torch.eye(2), torch.eye(2), backend="cpu")
 
 
+@built
+@pytest.mark.parametrize(
+    ("joint", "workspace", "passes", "keep"),
+    [
+        (("query_to_query",), 64 * MIB, 6, False),
+        (("doc_to_query",), 64 * MIB, 3, True),  # columns of S: no matrix of its own
+        (("doc_to_query",), 63 * MIB, 4, False),
+        (GTE, 3 * 64 * MIB, 9, True),
+        (GTE, 3 * 64 * MIB - 1, 12, False),
+    ],
+)
+def test_the_plan_of_joint_directions(joint, workspace, passes, keep):
+    for backend in ("cpu", "triton"):
+        o = {"backend": backend, "workspace_bytes": workspace} if backend == "cpu" else {"device": "cuda"}
+        plan = explain(4096, 4096, joint=joint, **o)
+        if backend == "cpu":
+            assert (plan.passes, plan.keep) == (passes, keep)
+        assert plan.passes % len(plan.matrices) == 0
+        assert plan.backend == backend
+    q2q = explain(100, 300, joint=("query_to_query",), queries=400)
+    assert q2q.matrices == {"query_to_doc": 300, "query_to_query": 400}
+    assert q2q.logit_bytes == 4 * 100 * 700
+    assert explain(100, 300, joint=GTE, backend="torch").passes == 9
+
+
+def test_joint_directions_are_computed_in_the_passes_of_the_plan(monkeypatch):
+    q, p = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    for joint, workspace in itertools.product((("query_to_query",), ("doc_to_query",), GTE), (2000, MIB)):
+        o = {"joint": joint, "workspace_bytes": workspace, "backend": "torch-chunked"}
+        elements = []
+        monkeypatch.setattr(torch, "addmm", counted(torch.addmm, elements))
+        info_nce_with_grad(q, p, **o)
+        monkeypatch.undo()
+        assert sum(elements) == explain(40, 40, **o).passes * 40 * 40 * 8
+
+
+def counted(addmm, elements):
+    def count(*operands, **options):
+        elements.append(operands[1].numel() * operands[2].shape[1])
+        return addmm(*operands, **options)
+
+    return count
+
+
 def test_a_plan_reads_as_a_sentence():
+    text = str(explain(100, 100, joint=GTE, workspace_bytes=1, backend="torch-chunked"))
+    assert "12 products (4 each of query_to_doc and doc_to_query, query_to_query, doc_to_doc), panels of" in text
     text = str(explain(8192, 8192, symmetric=True, workspace_bytes=64 * MIB, backend="torch-chunked"))
     assert "4 products, panels of 1,024 rows; beyond inputs and gradients" in text
 

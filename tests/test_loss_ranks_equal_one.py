@@ -4,6 +4,7 @@ One spawn per world size runs all cases (starting processes costs more than they
 """
 
 import datetime
+import re
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from hbt_fast.loss.ranks import Ranks
 
 QUERIES, PASSAGES, WIDTH, OWN = (5, 3, 4, 2), (6, 3, 7, 2), 6, 2  # rows per rank
 BACKENDS = ("torch", "cpu") if tiles.compiled() else ("torch", "torch-chunked")
+GTE = ("query_to_query", "doc_to_query", "doc_to_doc")
 CASES = {
     "plain": {},
     "symmetric": {"symmetric": True},
@@ -29,6 +31,14 @@ CASES = {
     "weights, own": {"weights": True, "own": True, "ids": True},
     "all": {"symmetric": True, "ids": True, "duplicates": "positive", "false_negative_margin": 0.2, "own": True}
     | {"weights": True, "query_ids": True, "positives": True},
+    "both ways in one softmax": {"joint": ("doc_to_query",), "ids": True, "duplicates": "positive", "own": True},
+    "queries": {"joint": ("query_to_query",), "query_ids": True},
+    "passages": {"joint": ("doc_to_doc",), "ids": True, "owners": True, "positives": True},
+    "GTE": {"joint": GTE, "owners": True},
+    "GTE, all": {"joint": GTE, "owners": True, "ids": True, "query_ids": True, "positives": True, "own": True}
+    | {"weights": True, "duplicates": "positive", "false_negative_margin": 0.2}
+    | {"hardness_mode": "hard_negatives", "hardness_strength": 2.0},
+    "hardness": {"symmetric": True, "owners": True, "hardness_mode": "in_batch_negatives", "hardness_strength": 3.0},
 }
 
 
@@ -41,6 +51,7 @@ def whole_batch(world, dtype):
         return F.normalize(torch.randn(shape, generator=g, dtype=torch.float64), dim=-1).to(dtype)
 
     starts = [sum(PASSAGES[:r]) for r in range(world)]
+    owners = [torch.randint(-1, QUERIES[r], (PASSAGES[r],), generator=g) for r in range(world)]
     return {
         "q": unit(n, WIDTH),
         "p": unit(m, WIDTH),
@@ -49,14 +60,16 @@ def whole_batch(world, dtype):
         "positives": torch.randint(0, m, (n,), generator=g),
         "passage_ids": torch.randint(0, m // 2, (m,), generator=g),
         "query_ids": torch.randint(0, n // 2, (n,), generator=g),
+        "owners": torch.cat([torch.where(x < 0, x, x + sum(QUERIES[:r])) for r, x in enumerate(owners)]),
         "weights": torch.rand(n, generator=g).to(dtype),
         "cotangents": torch.rand(n, generator=g).to(dtype),
     }
 
 
 def shard(name, x, rank):
-    counts = PASSAGES if name in ("p", "passage_ids") else QUERIES
-    return x[sum(counts[:rank]) : sum(counts[: rank + 1])]
+    counts = PASSAGES if name in ("p", "passage_ids", "owners") else QUERIES
+    x = x[sum(counts[:rank]) : sum(counts[: rank + 1])]
+    return torch.where(x < 0, x, x - sum(QUERIES[:rank])) if name == "owners" else x
 
 
 def compute(b, case, backend, default_positives, group=None):
@@ -64,13 +77,14 @@ def compute(b, case, backend, default_positives, group=None):
     o = dict(CASES[case])
     q, p, own = (b[k].clone().requires_grad_() for k in ("q", "p", "own"))
     scale = torch.tensor(5.0, dtype=q.dtype, requires_grad=True)
-    flags = {k: o.pop(k, False) for k in ("ids", "query_ids", "positives", "own", "weights")}
+    flags = {k: o.pop(k, False) for k in ("ids", "query_ids", "positives", "own", "weights", "owners")}
     o |= {
         "positives": b["positives"] if flags["positives"] else default_positives,
         "passage_ids": b["passage_ids"] if flags["ids"] else None,
         "query_ids": b["query_ids"] if flags["query_ids"] else None,
         "own_negatives": own if flags["own"] else None,
         "weights": b["weights"] if flags["weights"] else None,
+        "owners": b["owners"] if flags["owners"] else None,
         "workspace_bytes": 600,  # chunks of a few rows
     }
     loss = info_nce(q, p, scale=scale, group=group, backend=backend, **o)
@@ -92,6 +106,10 @@ def mistakes(b, rank, group):
         "range": lambda: info_nce(b["q"], b["p"], positives=b["positives"] + 99 * last, group=group),
         "width": lambda: info_nce(b["q"][:, last:], b["p"][:, last:], group=group),
         "symmetric": lambda: info_nce(b["q"], b["p"], symmetric=last, group=group),
+        "joint": lambda: info_nce(b["q"], b["p"], joint=GTE[last:], group=group),
+        "hardness_mode": lambda: info_nce(
+            b["q"], b["p"], hardness_mode="hard_negatives" if last else None, hardness_strength=1.0, group=group
+        ),
         "variance": lambda: negative_variance(b["q"] / (0 if last else 1), b["p"], group=group),
     }
     messages = {}
@@ -240,4 +258,5 @@ def test_a_mistake_on_one_rank_raises_on_all(ranks):
     for r in (*others, last):
         assert "positives must be passage indices" in r["range"]
         assert "the width d must be the same on every rank" in r["width"]
-        assert "symmetric must be the same on every rank" in r["symmetric"]
+        for name in ("symmetric", "joint", "hardness_mode"):
+            assert re.search(f"{name}.* must be the same on every rank", r[name])

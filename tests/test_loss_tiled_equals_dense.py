@@ -11,6 +11,8 @@ from hbt_fast.loss import info_nce, info_nce_with_grad, planner, tiles
 from hbt_fast.loss.panels import Statistics
 
 built = pytest.mark.skipif(tiles.compiled() is None, reason="csrc/ was not built here")
+GTE = ("query_to_query", "doc_to_query", "doc_to_doc")
+HARD = {"owners": torch.arange(50) % 41 - 1, "hardness_mode": "hard_negatives", "hardness_strength": 3.0}
 TILED = ["torch-chunked", pytest.param("cpu", marks=built)]
 
 
@@ -64,8 +66,10 @@ def test_odd_shapes_in_single_precision(backend, n, m, d, compute_dtype):
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4)))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_any_subset_of_inputs_may_require_grad(needs, reduction):
+@pytest.mark.parametrize("joint", [(), GTE])
+def test_any_subset_of_inputs_may_require_grad(needs, reduction, joint):
     args, o = case(7, 12, 5, torch.float64, True, True, True)
+    o["joint"] = joint
     grads = []
     for backend in ("torch", "torch-chunked"):
         leaves = [*args, torch.tensor(5.0, dtype=torch.float64), o["own_negatives"]]
@@ -101,6 +105,7 @@ class LargestTensor(TorchDispatchMode):
 def test_tiled_makes_nothing_of_n_times_m(backend, symmetric, positives):
     args, o = case(300, 400, 8, torch.float32, True, False, positives)
     o |= {"symmetric": symmetric, "false_negative_margin": 0.1}
+    o |= {} if symmetric else {"joint": GTE, **HARD, "owners": torch.arange(400) % 301 - 1}
     with LargestTensor() as dense:
         info_nce_with_grad(*args, **o, backend="torch")
     with LargestTensor() as tiled:
@@ -110,10 +115,11 @@ def test_tiled_makes_nothing_of_n_times_m(backend, symmetric, positives):
 
 
 @pytest.mark.parametrize("backend", ["torch", *TILED])
-def test_twice_the_same_call_is_bitwise_the_same_and_inputs_stay(backend):
+@pytest.mark.parametrize("more", [{"symmetric": True}, {"joint": GTE, **HARD}])
+def test_twice_the_same_call_is_bitwise_the_same_and_inputs_stay(backend, more):
     args, o = case(40, 50, 16, torch.float32, True, True, True)
     before = [x.clone() for x in (*args, o["own_negatives"])]
-    o |= {"symmetric": True, "duplicates": "positive", "backend": backend, "workspace_bytes": 20_000}
+    o |= {"duplicates": "positive", "backend": backend, "workspace_bytes": 20_000, **more}
     a, b = info_nce_with_grad(*args, **o), info_nce_with_grad(*args, **o)
     for x, y in zip((*a, a.own_negatives), (*b, b.own_negatives), strict=True):
         assert torch.equal(x, y)
@@ -136,7 +142,7 @@ def test_non_contiguous_inputs(backend):
 def test_the_compiled_exp_is_right_to_the_last_bit_or_two():
     x = torch.linspace(-86.9, 0, 2**16).view(256, 256)
     e, keys = x.clone(), torch.zeros(256, dtype=torch.int32)
-    no_options = (None,) * 8
+    no_options = (None,) * 11
     row = Statistics(torch.zeros(256), torch.ones(256))
     tiles.compiled().gradient(e, row, torch.ones(256), None, None, (keys, keys + 1, *no_options))
     assert (e.double() / x.double().exp() - 1).abs().max() < 1e-7

@@ -18,6 +18,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
+GTE = ("query_to_query", "doc_to_query", "doc_to_doc")
+JOINT = (
+    ((), "in_batch_negatives"),
+    ((), "hard_negatives"),
+    (("query_to_query",), None),
+    (("doc_to_query",), "all_negatives"),
+    (("query_to_query", "doc_to_doc"), "hard_negatives"),
+    (GTE, None),
+)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 if DEVICE == "cuda":  # the interpreter's bf16 is wrong
     DTYPES["bf16"] = torch.bfloat16
@@ -75,6 +84,27 @@ def test_every_combination_of_options(dtype, symmetric, workspace_bytes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workspace_bytes", [1, None])
+def test_joint_directions_and_hardness(dtype, workspace_bytes):
+    for joint, mode in JOINT:
+        ids = mode in (None, "hard_negatives")
+        args, o = case(23, 41, 9, torch.float64, ids, mode is not None, ids and mode is not None)
+        o |= {"symmetric": not joint, "joint": joint, "scale": 10.0, "owners": torch.arange(41) % 24 - 1}
+        o |= {"hardness_mode": mode, "hardness_strength": 3.0, "duplicates": "positive" if mode is None else "mask"}
+        o["query_ids"] = torch.arange(23) // 2 if ids else None
+        o["false_negative_margin"] = 0.5 if mode == "all_negatives" else None
+        assert_no_worse_than_twice_torch(args, o, dtype, workspace_bytes=workspace_bytes)
+
+
+def test_a_direction_without_negatives_beside_very_small_logits_spoils_nothing():
+    # exp(0 - maximum) overflows where the maximum is that of another direction, or of own negatives
+    q = F.normalize(torch.randn(6, 8, generator=torch.manual_seed(0), dtype=torch.float64), dim=-1)
+    ids = torch.zeros(6, dtype=torch.int64)
+    options = {"passage_ids": ids, "own_negatives": -q[:, None], "scale": 200.0}
+    assert_no_worse_than_twice_torch([q, q.clone()], options, "fp32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (2, 2, 3), (1, 70, 16), (63, 65, 17), (65, 127, 123)])
 def test_odd_shapes_and_scales(dtype, n, m, d):
     for symmetric, scale in ((False, 1.0), (True, 50.0), (False, 200.0), (True, 200.0)):
@@ -119,9 +149,11 @@ def test_autograd_non_contiguous_halves_and_a_learnable_scale(dtype):
 def test_twice_the_same_call_is_bitwise_the_same():
     args, o = case(40, 50, 16, torch.float32, True, True, True)
     args, o = on_device(args, o, torch.float32)
-    o |= {"symmetric": True, "duplicates": "positive", "backend": "triton", "compute_dtype": "fp16"}
-    a, b = info_nce_with_grad(*args, **o), info_nce_with_grad(*args, **o)
-    assert all(torch.equal(x, y) for x, y in zip((*a, a.own_negatives), (*b, b.own_negatives), strict=True))
+    o |= {"duplicates": "positive", "backend": "triton", "compute_dtype": "fp16"}
+    for more in ({"symmetric": True}, {"joint": GTE, "hardness_mode": "hard_negatives", "hardness_strength": 3.0}):
+        more["owners"] = torch.arange(50, device=DEVICE) % 40
+        a, b = info_nce_with_grad(*args, **o, **more), info_nce_with_grad(*args, **o, **more)
+        assert all(torch.equal(x, y) for x, y in zip((*a, a.own_negatives), (*b, b.own_negatives), strict=True))
 
 
 HALF = {"backend": "triton", "dtype": torch.float16, "operands": torch.float16, "workspace_bytes": 2**30}

@@ -41,7 +41,7 @@ def late_passages(rank, world, group, way, symmetric, workspace_bytes):
     return tuple(result), seen[1:]
 
 
-SOME_CASES = ("symmetric", "none", "weights, own", "all")
+SOME_CASES = ("symmetric", "none", "weights, own", "all", "passages", "GTE, all", "hardness")
 LATE = list(itertools.product((False, True), (1, None)))
 
 

@@ -12,11 +12,14 @@ The lines you write::
     from hbt_fast.integrations.gradcache import SimpleContrastiveLoss
     step = GradCache(models=[tower, tower], chunk_sizes=32, loss_fn=SimpleContrastiveLoss(n_hard_negatives=7))
 
-GradCache calls loss_fn(queries, passages, **keywords of the step) and then backward on the result; this module does not
-need it installed. Without n_hard_negatives, `hbt_fast.InfoNCELoss(scale=50.0)` is a loss_fn as it is.
+GradCache calls loss_fn(queries, passages, **keywords of the step) and then backward on the result; its functional form
+calls it with what `cat_input_tensor` has put together. Without n_hard_negatives, `hbt_fast.InfoNCELoss(scale=50.0)` is
+a loss_fn as it is. This module does not need GradCache installed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -97,3 +100,35 @@ class DistributedContrastiveLoss(SimpleContrastiveLoss):
                 "SimpleContrastiveLoss"
             )
         super().__init__(n_hard_negatives, scale=scale, **{"group": dist.group.WORLD, **options})
+
+
+class ContrastiveLossWithQueryClosure(SimpleContrastiveLoss):
+    """SimpleContrastiveLoss for a step that caches passages only; queries are embedded on request, with graph.
+
+    `GradCache(models=[passage_tower], ...)` calls it with the passages, and the step's keyword query_closure makes the
+    queries; their gradient flows through its graph in the same backward.
+    """
+
+    def __call__(
+        self,
+        *reps: Tensor,
+        query_closure: Callable[[], Tensor] | None = None,
+        target: Tensor | None = None,
+        reduction: str = "mean",
+        **options: object,
+    ) -> Tensor:
+        """The loss of passages (M, d) and the queries (N, d) that query_closure() returns; or of queries and passages.
+
+        Other arguments and errors are those of SimpleContrastiveLoss.
+
+        Raises:
+            ValueError: neither passages with a query_closure, nor queries and passages without.
+        """
+        if len(reps) != (2 if query_closure is None else 1):
+            given = "no query_closure" if query_closure is None else "a query_closure"
+            raise ValueError(
+                f"got {len(reps)} tensors and {given}; pass the passages and query_closure=, a function that returns "
+                "the queries, or queries and passages without it"
+            )
+        x, y = reps if query_closure is None else (query_closure(), *reps)
+        return super().__call__(x, y, target=target, reduction=reduction, **options)

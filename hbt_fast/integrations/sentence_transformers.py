@@ -1,4 +1,4 @@
-"""sentence-transformers: MultipleNegativesRankingLoss and its cached form, computed by `info_nce`.
+"""sentence-transformers: MultipleNegativesRankingLoss, its cached form and the symmetric ones, computed by `info_nce`.
 
 The lines you had::
 
@@ -19,6 +19,8 @@ logs the average). The gradients, after DDP's averaging, are the same. Ranks may
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,13 +32,14 @@ from hbt_fast.loss import info_nce
 
 try:
     from sentence_transformers.sentence_transformer import losses as theirs
-    from sentence_transformers.util import cos_sim, dot_score
+    from sentence_transformers.util import cos_sim, dot_score, pytorch_cos_sim
 except ImportError as error:
     raise ImportError(f'sentence-transformers does not import ({error}); pip install "hbt-fast[st]"') from error
 if not hasattr(theirs.CachedMultipleNegativesRankingLoss, "forward_cached"):
     raise ImportError('gradient caching needs sentence-transformers 6.0 or later; pip install -U "hbt-fast[st]"')
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
+_SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
 class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
@@ -45,18 +48,18 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
     Args:
         model: the SentenceTransformer.
         scale: 1/temperature.
-        similarity_fct: cos_sim or dot_score of sentence_transformers.util.
+        similarity_fct: cos_sim, pytorch_cos_sim or dot_score of sentence_transformers.util; or `model.similarity` of a
+            SentenceTransformer whose similarity_fn_name is "cosine" or "dot".
         gather_across_devices: the passages (and, symmetric, the queries) of all ranks are candidates.
-        directions: ("query_to_doc",); with "doc_to_query" and partition_mode="per_direction" the symmetric loss; with
-            "query_to_query" and partition_mode="joint" other queries are negatives too.
-        partition_mode: "joint" or "per_direction".
-        hardness_mode: None, unless hardness_strength is 0.
+        directions: "query_to_doc", and any of "query_to_query", "doc_to_query", "doc_to_doc".
+        partition_mode: "joint", one softmax; or "per_direction", for the first and third: the symmetric loss.
+        hardness_mode: "in_batch_negatives", "hard_negatives", "all_negatives" or None.
         hardness_strength: without effect while hardness_mode is None, as there.
         compute_dtype: operands of the products, as in `info_nce`; None: the dtype of the embeddings.
         workspace_bytes: memory for the loss, as in `info_nce`.
 
     Raises:
-        ValueError: an argument that InfoNCE does not express, here or when the attribute is set later and used.
+        ValueError: a similarity that is no inner product, here or when the attribute is set later and used; or theirs.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
             hardness_strength,
         )  # fmt: skip
         self.compute_dtype, self.workspace_bytes = compute_dtype, workspace_bytes
-        _refuse_what_is_not_info_nce(self)
+        _is_cosine(self.similarity_fct)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """(N, d) queries, (N, d) positives and any number of (N, d) hard negatives -> 0-d loss; labels are not used."""
@@ -117,7 +120,7 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
             partition_mode, show_progress_bar, hardness_mode, hardness_strength,
         )  # fmt: skip
         self.compute_dtype, self.workspace_bytes = compute_dtype, workspace_bytes
-        _refuse_what_is_not_info_nce(self)
+        _is_cosine(self.similarity_fct)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -129,45 +132,83 @@ class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLo
         return loss.detach() if with_backward else loss
 
 
-def _refuse_what_is_not_info_nce(loss: nn.Module) -> None:
-    keep = f"or keep sentence_transformers.losses.{type(loss).__name__}"
-    if loss.similarity_fct not in (cos_sim, dot_score):
-        raise ValueError(
-            f"similarity_fct={loss.similarity_fct!r} is no inner product of embeddings; write cos_sim or dot_score of "
-            f"sentence_transformers.util, {keep}"
-        )
-    if loss.hardness_mode is not None and loss.hardness_strength > 0:
-        raise ValueError(
-            f"hardness_mode={loss.hardness_mode!r} changes the logits of negatives; write hardness_mode=None, {keep}"
-        )
-    others = sorted(set(loss.directions) - {"query_to_doc", "query_to_query"})
-    if loss.partition_mode == "joint" and others:
-        raise ValueError(
-            f'directions with {others[0]!r} and partition_mode="joint" put two anchors into one softmax, which is not '
-            'InfoNCE; write directions=("query_to_doc", "doc_to_query") with partition_mode="per_direction" for the '
-            f"symmetric loss, {keep}"
-        )
+class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss with directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        gather_across_devices: bool = False,
+        **precision_and_memory: object,
+    ) -> None:
+        super().__init__(model, scale, similarity_fct, gather_across_devices, **_SYMMETRIC, **precision_and_memory)
+
+
+class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+    """The same by gradient caching."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+        **precision_and_memory: object,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices,
+            show_progress_bar=show_progress_bar, **_SYMMETRIC, **precision_and_memory,
+        )  # fmt: skip
+
+
+def _is_cosine(similarity_fct: Similarity) -> bool:
+    """Whether it is the cosine; False: the inner product.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    function = similarity_fct
+    while isinstance(function, functools.partial) and not function.args and not function.keywords:
+        function = function.func
+    name = getattr(function, "__name__", None)
+    if name == "similarity" and hasattr(function, "__self__"):  # of a SentenceTransformer: what it calls may change
+        name = getattr(function.__self__, "similarity_fn_name", None)
+        if name in ("cosine", "dot"):
+            return name == "cosine"
+        similarity_fct = f"model.similarity with similarity_fn_name={name!r}"
+    if function in (cos_sim, pytorch_cos_sim, dot_score):
+        return function is not dot_score
+    raise ValueError(
+        f"similarity_fct={similarity_fct!r} is no inner product of embeddings; write cos_sim or dot_score of "
+        "sentence_transformers.util, or keep the package's own loss"
+    )
 
 
 def _loss(loss: nn.Module, columns: list[Tensor]) -> Tensor:
-    """InfoNCE of one query column and one or more passage columns, each (N, d), with the options of `loss`."""
+    """The loss of one query column and one or more passage columns, each (N, d), with the options of `loss`."""
     if len(columns) < 2:
         raise ValueError(f"a batch needs a query and a positive column, not {len(columns)} column")
-    _refuse_what_is_not_info_nce(loss)  # attributes may have been set since
-    queries, passages, ids = columns[0], torch.cat(columns[1:]), None
-    if loss.similarity_fct is cos_sim:
+    queries, passages = columns[0], torch.cat(columns[1:])
+    if _is_cosine(loss.similarity_fct):
         queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
     group = dist.group.WORLD if loss.gather_across_devices and dist.is_available() and dist.is_initialized() else None
-    if "query_to_query" in loss.directions:  # queries are passages with the id of their positive: no negatives of it
-        ids = torch.arange(len(passages), device=queries.device) + (dist.get_rank() << 32 if group else 0)
-        ids, passages = torch.cat([ids, ids[: len(queries)]]), torch.cat([passages, queries])
-    return info_nce(
+    joint = () if loss.partition_mode == "per_direction" else loss.directions
+    value = info_nce(
         queries,
         passages,
         scale=loss.scale,
-        passage_ids=ids,
-        symmetric="doc_to_query" in loss.directions,
+        symmetric=loss.partition_mode == "per_direction" and "doc_to_query" in loss.directions,
+        joint=joint,
+        owners=torch.arange(len(queries), device=queries.device).repeat(len(columns) - 1),
+        hardness_mode=loss.hardness_mode,
+        hardness_strength=loss.hardness_strength,
         group=group,
         compute_dtype=loss.compute_dtype,
         workspace_bytes=loss.workspace_bytes,
     )
+    return value + math.log(2) if "doc_to_query" in joint else value  # the pair is twice in their softmax

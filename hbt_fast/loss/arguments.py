@@ -18,6 +18,8 @@ COMPUTE_DTYPES = ("fp16", "bf16", "tf32", "fp32")
 DUPLICATES = ("mask", "positive")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "triton", "cpu", "torch", "torch-chunked")
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 FP16_OVERFLOW = 65520.0  # rounds to infinity
 
 
@@ -37,6 +39,10 @@ class Options:
     compute_dtype: str | None
     workspace_bytes: int | None
     backend: str
+    joint: tuple[str, ...]
+    owners: Tensor | None
+    hardness_mode: str | None
+    hardness_strength: float
 
 
 def check_arguments(
@@ -83,6 +89,14 @@ def check_arguments(
     if o.false_negative_margin is not None and not math.isfinite(o.false_negative_margin):
         raise ValueError(f"false_negative_margin must be a finite number or None, not {o.false_negative_margin!r}")
     check_weights(o.weights, n)
+    check_joint(o.joint, o.symmetric)
+    check_integers("owners", o.owners, m, "the query of each passage, or -1")
+    if o.owners is not None and not capturing(o.owners) and not bool(((o.owners >= -1) & (o.owners < n)).all()):
+        raise ValueError(f"owners must be queries of this rank, in [0, {n}), or -1")
+    if o.hardness_mode is not None:
+        check_choice("hardness_mode", o.hardness_mode, HARDNESS_MODES)
+    if not (math.isfinite(o.hardness_strength) and o.hardness_strength >= 0):
+        raise ValueError(f"hardness_strength must be a finite number >= 0, not {o.hardness_strength!r}")
     backend_for(o.backend, queries.device, computation_dtype(queries, passages, own_negatives))
 
 
@@ -135,6 +149,18 @@ def check_weights(weights: Tensor | None, n: int) -> None:
         raise ValueError("weights gets no gradient; pass weights.detach()")
     if not capturing(weights) and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("weights must be finite and >= 0")
+
+
+def check_joint(joint: tuple[str, ...], symmetric: bool) -> None:
+    if isinstance(joint, str) or not all(isinstance(x, str) for x in joint):
+        raise ValueError(f"joint must be a tuple of names, e.g. ('query_to_query',), not {joint!r}")
+    for name in joint:
+        check_choice("joint", name, DIRECTIONS)
+    if symmetric and set(joint) - {"query_to_doc"}:
+        raise ValueError(
+            "symmetric=True has a softmax per direction and joint one over all; write symmetric=False, with "
+            '"doc_to_query" in joint for both ways, or joint=()'
+        )
 
 
 def check_integers(name: str, x: Tensor | None, length: int, meaning: str) -> None:

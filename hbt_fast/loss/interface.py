@@ -51,6 +51,10 @@ def info_nce(
     compute_dtype: str | None = None,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    joint: tuple[str, ...] = (),
+    owners: Tensor | None = None,
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
 ) -> Tensor:
     """InfoNCE, the softmax contrastive loss with in-batch negatives (arXiv 1807.03748, equation 4).
 
@@ -87,6 +91,17 @@ def info_nce(
             memory, 64 MiB to 1 GiB. At least a row of logits is made. See `explain`.
         backend: "torch": dense, differentiable twice. "cpu": compiled, no N x M memory, once differentiable;
             "torch-chunked": the same in torch, on any device. "auto": the fastest that there is.
+        joint: further directions, whose candidates join the softmax of each query: "query_to_query", the other queries;
+            "doc_to_query", its positive passage against the other queries; "doc_to_doc", its positive passage against
+            the other passages. Queries and passages that `positives`, ids or the margin make no negatives are none
+            here. "doc_to_query" has the pair itself in the softmax a second time: n's sum is divided by 2. All three
+            are equation 2 of GTE (arXiv 2308.03281), less the constant log 2. Not with symmetric.
+        owners: (M,) int64, the query of this rank that a passage belongs to (its positive, its hard negatives), or -1.
+            It is no negative in the "doc_to_doc" of that query; and it says whose hard negatives are whose.
+        hardness_mode: to which negatives of the query-to-passage direction hardness_strength * similarity is added,
+            without gradient: "in_batch_negatives", those of others; "hard_negatives", the query's own (by owners, and
+            own_negatives); "all_negatives", both (arXiv 2503.04812, equation 5; 2509.20354).
+        hardness_strength: >= 0, not multiplied by the scale. 0: no hardness.
 
     Returns:
         0-d loss, or (N,) with reduction="none"; fp32 or float64.
@@ -97,7 +112,7 @@ def info_nce(
     """
     o = Options(
         positives, passage_ids, query_ids, duplicates, weights, symmetric, false_negative_margin, reduction, group,
-        compute_dtype, workspace_bytes, backend,
+        compute_dtype, workspace_bytes, backend, joint, owners, hardness_mode, hardness_strength,
     )  # fmt: skip
     if torch.compiler.is_compiling() and backend != "torch":
         return traced_info_nce(queries, passages, as_tensor(scale, queries.device), own_negatives, o)
@@ -133,6 +148,10 @@ def info_nce_with_grad(
     compute_dtype: str | None = None,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    joint: tuple[str, ...] = (),
+    owners: Tensor | None = None,
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
 ) -> InfoNCEGrad:
     """The loss and its gradients in one call, without an autograd graph: the middle step of gradient caching.
 
@@ -149,7 +168,7 @@ def info_nce_with_grad(
         raise ValueError('info_nce_with_grad needs a scalar loss: use reduction="mean" or "sum"')
     o = Options(
         positives, passage_ids, query_ids, duplicates, weights, symmetric, false_negative_margin, reduction, group,
-        compute_dtype, workspace_bytes, backend,
+        compute_dtype, workspace_bytes, backend, joint, owners, hardness_mode, hardness_strength,
     )  # fmt: skip
     tensors = [x.detach() if isinstance(x, Tensor) else x for x in (queries, passages, scale, own_negatives)]
     ranks = meet_ranks(*tensors, o)

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from hbt_fast.loss.arguments import capturing
 from hbt_fast.loss.problem import Problem
-from hbt_fast.loss.terms import Margin
+from hbt_fast.loss.terms import Margin, inverse_norm
 from hbt_fast.loss.tiles import REPEATED
 
 
 @dataclass(frozen=True, slots=True)
 class Negatives:
-    """Row terms: column j is a negative of query i unless their keys are equal or the column's is REPEATED.
+    """Row terms: column j is a negative of query i unless their keys, or their owners, are equal or the column's key is
+    REPEATED; its logit is s * row_gain.
     Column terms, of the first A columns: query i is a negative of k unless their terms, or their pairs, are equal.
     Both: unless s * row_inverse * column_inverse (scale * cosine) is above the row's, or the column's, limit.
     """
@@ -37,6 +38,9 @@ class Negatives:
     column_inverse_M: Tensor | None = None
     row_limit_N: Tensor | None = None
     column_limit_A: Tensor | None = None
+    row_owner_N: Tensor | None = None  # int32, a second relation
+    column_owner_M: Tensor | None = None
+    row_gain: Tensor | None = None  # 0-d, of the computation's dtype
 
     def tile(self, rows: slice, columns: slice) -> tuple[Tensor | None, ...]:
         """The fields, in order, cut to a tile of S; those of column terms are None where the tile has none."""
@@ -57,6 +61,9 @@ class Negatives:
             cut(self.column_inverse_M, columns),
             cut(self.row_limit_N, rows),
             cut(self.column_limit_A, columns) if terms else None,
+            cut(self.row_owner_N, rows),
+            cut(self.column_owner_M, columns),
+            self.row_gain,
         )
 
 
@@ -73,14 +80,13 @@ def layout_of(problem: Problem, margin: Margin | None) -> Layout:
     """Lay out the columns and make the keys; O((A + M) log M) beside copying the passages where columns move."""
     ranks, y_A, m = problem.ranks, problem.positives_A, problem.passages_MD.shape[0]
     own, device = ranks.own_queries, problem.q_ND.device
-    key_M = torch.arange(m, device=device, dtype=torch.int32)
-    if problem.passage_ids_M is not None:
-        key_M = _keys(problem.passage_ids_M)
+    key_M = content_keys(problem)
     row_key_A, p_MD, source_M = key_M[y_A], problem.passages_MD, None
     inverse_M = None if margin is None else margin.inverse_p_M
+    owner_M = problem.owners_M.to(torch.int32) if problem.own_apart else None
 
     terms: dict[str, Tensor] = {}
-    if problem.symmetric:
+    if problem.columns:
         index_A = torch.arange(y_A.shape[0], device=device)
         if not problem.leading and not torch.equal(y_A, index_A):
             first_M = torch.full((m,), y_A.shape[0], device=device).scatter_reduce_(0, y_A, index_A, "amin")
@@ -90,7 +96,7 @@ def layout_of(problem: Problem, margin: Margin | None) -> Layout:
             repeated_M = torch.cat([first_M[y_A] != index_A, ~rest[others]])
             key_M = key_M[source_M].masked_fill_(repeated_M, REPEATED)
             p_MD = problem.p_MD[source_M]
-            inverse_M = None if inverse_M is None else inverse_M[source_M]
+            inverse_M, owner_M = (None if x is None else x[source_M] for x in (inverse_M, owner_M))
         same_A = row_key_A
         if problem.query_ids_given:  # a second relation, besides having one positive
             same_A = y_A.to(torch.int32)
@@ -99,8 +105,52 @@ def layout_of(problem: Problem, margin: Margin | None) -> Layout:
         terms |= {"row_term_N": same_A[own].contiguous(), "column_term_A": same_A}
     if margin is not None:
         terms |= {"row_inverse_N": margin.inverse_q_N, "column_inverse_M": inverse_M, "row_limit_N": margin.limit_N}
-        terms |= {"column_limit_A": margin.limit_A} if problem.symmetric else {}
-    return Layout(p_MD, source_M, Negatives(row_key_A[own].contiguous(), key_M, **terms))
+        terms |= {"column_limit_A": margin.limit_A} if problem.columns else {}
+    if owner_M is not None:  # its own hard negatives are a query's by pairs, with another gain
+        terms |= {"row_owner_N": query_numbers(problem), "column_owner_M": owner_M}
+    negatives = Negatives(row_key_A[own].contiguous(), key_M, **terms, row_gain=problem.batch_gain)
+    return Layout(p_MD, source_M, negatives)
+
+
+def layout_of_queries(problem: Problem, margin: Margin | None) -> Layout:
+    """query_to_query: columns are the queries of all ranks; those that have this query's positive are no negatives."""
+    own, y_A = problem.ranks.own_queries, problem.positives_A.to(torch.int32)
+    terms = {}
+    if problem.query_ids_A is not None:
+        pair_A = _keys(problem.query_ids_A)
+        terms = {"row_owner_N": pair_A[own].contiguous(), "column_owner_M": pair_A}
+    if margin is not None:
+        inverse_A = inverse_norm(problem.queries_AD, problem.scale.dtype)
+        terms |= {"row_inverse_N": margin.inverse_q_N, "column_inverse_M": inverse_A, "row_limit_N": margin.limit_N}
+    return Layout(problem.queries_AD, None, Negatives(y_A[own].contiguous(), y_A, **terms))
+
+
+def layout_of_passages(problem: Problem, margin: Margin | None) -> Layout:
+    """doc_to_doc: rows are the positives, columns all passages; of equal content or of one query they are no negatives.
+
+    They are not laid out anew, and those of other ranks may still be on their way.
+    """
+    key_M, y_N = content_keys(problem), problem.positives_N
+    terms = {}
+    if problem.owners_M is not None:
+        terms = {"row_owner_N": query_numbers(problem), "column_owner_M": problem.owners_M.to(torch.int32)}
+    if margin is not None:
+        inverse_M = margin.inverse_p_M
+        terms |= {"row_inverse_N": inverse_M[y_N], "column_inverse_M": inverse_M, "row_limit_N": margin.limit_N}
+    return Layout(problem.passages_MD, None, Negatives(key_M[y_N].contiguous(), key_M, **terms))
+
+
+def content_keys(problem: Problem) -> Tensor:
+    """(M,) int32, equal for passages of equal content."""
+    if problem.passage_ids_M is not None:
+        return _keys(problem.passage_ids_M)
+    return torch.arange(problem.passages_MD.shape[0], device=problem.q_ND.device, dtype=torch.int32)
+
+
+def query_numbers(problem: Problem) -> Tensor:
+    """(N,) int32, this rank's queries among those of all ranks."""
+    own = problem.ranks.own_queries
+    return torch.arange(own.start, own.stop, device=problem.q_ND.device, dtype=torch.int32)
 
 
 def _keys(ids: Tensor) -> Tensor:
@@ -126,6 +176,14 @@ def further_queries(problem: Problem) -> tuple[Tensor, Tensor]:
         rows_F, queries_F = torch.cat([rows_F, more_rows[new]]), torch.cat([queries_F, more_queries[new]])
     other = rows_F + own.start != queries_F
     return rows_F[other], queries_F[other]
+
+
+def own_hard_negatives(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(F,) rows of this rank and (F,) passages that belong to them and have not the content of their positive."""
+    rows_F, passages_F = _pairs(query_numbers(problem), problem.owners_M)
+    key_M = content_keys(problem)
+    other = key_M[passages_F] != key_M[problem.positives_N][rows_F]
+    return rows_F[other], passages_F[other]
 
 
 def _pairs(left_N: Tensor, right_M: Tensor) -> tuple[Tensor, Tensor]:

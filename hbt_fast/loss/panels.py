@@ -55,6 +55,11 @@ class Statistics:
         self.total.mul_((self.maximum - offset_T).exp()).add_(other.total * (other.maximum - offset_T).exp())
         self.maximum.copy_(maximum_T)
 
+    def take_over(self, other: Statistics) -> None:
+        """Become the other, in place."""
+        self.maximum.copy_(other.maximum)
+        self.total.copy_(other.total)
+
     def over(self, ranks: Ranks) -> Statistics:
         """Of the negatives of all ranks together."""
         maximum_T = ranks.max(self.maximum)
@@ -87,8 +92,13 @@ class Panels:
         n, step = self.q_ND.shape[0], self.plan.panel_rows
         return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
-    def take_statistics(self, rows: slice, rows_N: Statistics, columns_A: Statistics | None = None) -> None:
-        """Make the panel's logits; take its statistics into those of the rows and columns."""
+    def take_statistics(
+        self, rows: slice, rows_N: Statistics, columns_A: Statistics | None = None, *, hold: bool = True
+    ) -> None:
+        """Make the panel's logits; take its statistics into those of the rows and columns.
+
+        hold: whether the panel's products follow, before another's statistics. (What fits is kept in either case.)
+        """
         for columns, s_RC in self._tiles(rows):
             self._make(s_RC, rows, columns)
             negatives = self.negatives.tile(rows, columns)

@@ -29,7 +29,7 @@ from hbt_fast.loss.negatives import Layout
 from hbt_fast.loss.panels import Statistics, of_passages
 from hbt_fast.loss.planner import Plan
 from hbt_fast.loss.problem import Problem
-from hbt_fast.loss.terms import blocks, finite_maximum
+from hbt_fast.loss.terms import NEGATIVE_INFINITY, blocks, finite_maximum
 from hbt_fast.loss.tiles import REPEATED
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ class TritonPanels:
             y_A=None if keys.column_term_A is None else keys.column_term_A.long(),
             query_ids_R=None if keys.row_pair_N is None else keys.row_pair_N.long(),
             query_ids_A=None if keys.column_pair_A is None else keys.column_pair_A.long(),
+            owner_R=None if keys.row_owner_N is None else keys.row_owner_N.long(),
+            owner_M=None if keys.column_owner_M is None else keys.column_owner_M.long(),
+            gain=keys.row_gain,
         )
         # By the panel's first row: of its columns exp(S) and offsets, or kept products.
         self.held: dict[int, list[tuple[slice, Tensor | None, Tensor | None]]] = {}
@@ -72,15 +75,22 @@ class TritonPanels:
         n, step = self.q_ND.shape[0], self.plan.panel_rows
         return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
-    def take_statistics(self, rows: slice, rows_N: Statistics, columns_A: Statistics | None = None) -> None:
-        """Visit a panel's logits; take its statistics into those of the rows and columns."""
+    def take_statistics(
+        self, rows: slice, rows_N: Statistics, columns_A: Statistics | None = None, *, hold: bool = True
+    ) -> None:
+        """Visit a panel's logits; take its statistics into those of the rows and columns.
+
+        hold: whether the panel's products follow, before another's statistics. (What fits is kept in either case.)
+        """
         row, held = rows_N.part(rows), []
         for columns in self._columns(columns_A is not None):
             q_RD, who = self.q_ND[rows], self._of(rows, columns)
             p_CD = self.p_MD[columns] if self.source_M is not None else self.problem.arrived(columns)
             if columns_A is None:
                 made = self._exp_rows(q_RD, p_CD, who)
-                held.append((columns, made.e_RM, made.offset_R))
+                # exp(S) of a row without negatives is 0 whatever the offset, which must not overflow a factor
+                offset_R = made.offset_R.masked_fill(made.max_R == NEGATIVE_INFINITY, NEGATIVE_INFINITY)
+                held.append((columns, made.e_RM, offset_R))
                 row.take(Statistics(made.max_R, made.sum_R))
                 continue
             if self.plan.way == "sweep":
@@ -92,7 +102,7 @@ class TritonPanels:
                 found = self.fused.row_and_column_statistics(q_RD, p_CD, self.scale, who, precision=self.precision)
             row.take(Statistics(found.row_max_R, found.row_sum_R))
             columns_A.part(columns).take(Statistics(found.column_max_A, found.column_sum_A))
-        if columns_A is None or self.plan.keep:
+        if self.plan.keep or (columns_A is None and hold):
             self.held[rows.start] = held
 
     def add_products(
@@ -110,8 +120,9 @@ class TritonPanels:
         """
         row, factor_R = rows_N.part(rows), factor_N[rows]
         if columns_A is None:
+            if rows.start not in self.held:
+                self.take_statistics(rows, Statistics.none(torch.empty_like(rows_N.maximum)))
             for i, (columns, e_RC, offset_R) in enumerate(self.held.pop(rows.start)):
-                # 0 where a row has no negative: its maximum is -inf, its exp(S) all zero
                 after_R = factor_R * (offset_R - finite_maximum(row.maximum)).exp()
                 self._raise_unit(after_R.abs().max())
                 self._add_to_passages(rows, columns, e_RC, after_R / self.unit)
@@ -200,4 +211,5 @@ class TritonPanels:
     def _of(self, rows: slice, columns: slice) -> Negatives:
         """The negatives of some of a panel's columns."""
         given = {name: x for name, x in self.negatives._asdict().items() if x is not None}
-        return self.negatives._replace(**{n: x[rows if n.endswith("_R") else columns] for n, x in given.items()})
+        cut = {n: x[rows if n.endswith("_R") else columns] for n, x in given.items() if n != "gain"}
+        return self.negatives._replace(**cut)

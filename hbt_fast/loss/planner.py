@@ -27,9 +27,10 @@ SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 64 * 2**20, 2**30  # ... within these bo
 class Plan:
     """A loss call's way. `str()` of it is a sentence or two for people.
 
-    `passes` counts N x M x D products for the loss and both gradients. Of S, `panel_rows` are worked on at a time, in
-    tiles of `tile_columns`; with `keep` all logits are held until the end. `operands` is what the products take, `way`
-    how "triton" makes logits. `logit_bytes` is held at a time, `extra_bytes` all memory beyond inputs and gradients,
+    `passes` counts N x M x D products for the loss and both gradients, of all `matrices`: S, and one for each further
+    direction but doc_to_query, by their columns. Of each, `panel_rows` are worked on at a time, in tiles of
+    `tile_columns`; with `keep` all logits are held until the end. `operands` is what the products take, `way` how
+    "triton" makes logits. `logit_bytes` is held at a time, `extra_bytes` all memory beyond inputs and gradients,
     further positives and own negatives left out.
     """
 
@@ -43,12 +44,14 @@ class Plan:
     logit_bytes: int
     extra_bytes: int
     reason: str
+    matrices: dict[str, int]
 
     def __str__(self) -> str:
         way = "all logits at once" if self.backend == "torch" else f"panels of {self.panel_rows:,} rows"
         kept = ", all kept" if self.keep and self.backend != "torch" else ""
+        of = f" ({self.passes // len(self.matrices)} each of {', '.join(self.matrices)})" * (len(self.matrices) > 1)
         return (
-            f'backend "{self.backend}" ({self.reason}): {self.passes} products, {way}{kept}; beyond inputs and '
+            f'backend "{self.backend}" ({self.reason}): {self.passes} products{of}, {way}{kept}; beyond inputs and '
             f"gradients {self.extra_bytes / 2**20:,.1f} MiB, of them {self.logit_bytes / 2**20:,.1f} MiB logits"
         )
 
@@ -65,6 +68,8 @@ def explain(
     workspace_bytes: int | None = None,
     backend: str = "auto",
     beside: int | None = None,
+    joint: tuple[str, ...] = (),
+    queries: int | None = None,
 ) -> Plan:
     """The plan for a loss with its gradients. It depends on the arguments and, without `workspace_bytes`, free memory.
 
@@ -80,6 +85,8 @@ def explain(
         backend: as for `info_nce`.
         beside: bytes of matrices of embeddings that are made besides: operands in another dtype, and sums of gradients
             that are not returned themselves. None: those of one process, positives being 0, 1, 2 ...
+        joint: as for `info_nce`.
+        queries: of all ranks, for "query_to_query"; None: n.
 
     Raises:
         ValueError: the backend cannot be had here; the message says why.
@@ -89,15 +96,26 @@ def explain(
     operands = operands or dtype
     workspace = default_workspace(device) if workspace_bytes is None else workspace_bytes
     element = 8 if dtype == torch.float64 else 4
-    whole, row = element * n * m, element * m
-    statistics = element * 8 * (n + (m if symmetric else 0))
+    columns = symmetric or "doc_to_query" in joint
+    matrices = {"query_to_doc": m}
+    if "doc_to_query" in joint:
+        matrices = {"query_to_doc and doc_to_query": m}
+    if "query_to_query" in joint:
+        matrices["query_to_query"] = queries or n
+    if "doc_to_doc" in joint:
+        matrices["doc_to_doc"] = m
+    statistics = element * 8 * (n + (m if columns else 0))
+    in_all = sum(matrices.values())
+    whole, row = element * n * in_all, element * in_all
     if backend == "torch":
-        extra = (5 + 2 * symmetric) * whole + statistics
-        return Plan(backend, 3, n, m, True, dtype, "dense", whole, extra, reason)
+        extra = (5 + 2 * columns) * whole + statistics
+        return Plan(backend, 3 * len(matrices), n, m, True, dtype, "dense", whole, extra, reason, matrices)
     apart = dtype.itemsize < element  # results are halves: what is summed up lies apart from them
     if beside is None:
         held_as = operands.itemsize if backend == "triton" else element
         beside = (0 if dtype.itemsize == held_as else held_as * (n + m) * d) + (element * m * d if apart else 0)
+        beside += element * 2 * n * d * ("query_to_query" in joint)  # gradients as columns beside those as rows
+        beside += element * (2 * n + m) * d * ("doc_to_doc" in joint)
     if backend == "triton":
         beside += VECTOR_BYTES * (n + m)
         workspace -= beside
@@ -106,15 +124,18 @@ def explain(
             """Of a row of a panel its matrix: exp(S) or, symmetric, the gradient; a sweep reads fp32 logits besides.
             And all that it takes: also statistics of tiles, weighted queries and the products."""
             matrix = operands.itemsize if way == "fused" or operands.itemsize == 4 else operands.itemsize + 4
-            return matrix * m, matrix * m + 5 * m // 16 + (operands.itemsize + (4 if apart else 0)) * d
+            return matrix * in_all, matrix * in_all + 5 * in_all // 16 + (operands.itemsize + (4 if apart else 0)) * d
 
-        keep = symmetric and n * row_bytes("sweep")[1] <= workspace
+        keep = columns and n * row_bytes("sweep")[1] <= workspace
         way = "sweep" if keep else WAY or "fused"
         matrix, all_of_it = row_bytes(way)
         rows = min(n, n if keep else max(GPU_ROWS, workspace // all_of_it // GPU_ROWS * GPU_ROWS))
-        passes, finishing = 4 if symmetric and not keep else 3, 4 * (min(BLOCK, n * d) + (rows * d if apart else 0))
+        passes, finishing = (
+            len(matrices) * (4 if columns and not keep else 3),
+            4 * (min(BLOCK, n * d) + (rows * d if apart else 0)),
+        )
         extra = beside + max(rows * all_of_it, finishing)
-        return Plan(backend, passes, rows, m, keep, operands, way, rows * matrix, extra, reason)
+        return Plan(backend, passes, rows, m, keep, operands, way, rows * matrix, extra, reason, matrices)
 
     # the compiled form needs no temporaries, torch three as large as a tile
     copies, tile = (0, TILE_ELEMENTS) if backend == "cpu" else (3, TILE_ELEMENTS // 4)
@@ -125,19 +146,20 @@ def explain(
     rows = min(n, PANEL_ROWS)
     while rows > 1 and rows * row + temporaries(rows) > workspace:
         rows = (rows + 1) // 2
-    keep = symmetric and whole + temporaries(rows) <= workspace
+    keep = columns and whole + temporaries(rows) <= workspace
     held = whole if keep else rows * row
     return Plan(
         backend=backend,
-        passes=4 if symmetric and not keep else 3,
+        passes=len(matrices) * (4 if columns and not keep else 3),
         panel_rows=rows,
-        tile_columns=min(m, max(1, tile // rows)),
+        tile_columns=min(max(matrices.values()), max(1, tile // rows)),
         keep=keep,
         operands=dtype,
         way="tiles",
         logit_bytes=held,
         extra_bytes=held + temporaries(rows) + statistics + beside + (element * rows * d if apart else 0),
         reason=reason,
+        matrices=matrices,
     )
 
 

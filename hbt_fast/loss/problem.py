@@ -13,7 +13,9 @@ from torch import Tensor
 from hbt_fast.loss.arguments import (
     BACKENDS,
     COMPUTE_DTYPES,
+    DIRECTIONS,
     DUPLICATES,
+    HARDNESS_MODES,
     REDUCTIONS,
     Options,
     capturing,
@@ -49,6 +51,26 @@ class Problem:
     copied_bytes: int  # of operands that are not the caller's tensors
     workspace_bytes: int | None
     ranks: Ranks
+    joint: frozenset[str]  # directions beside query_to_doc whose candidates are in a query's softmax
+    queries_AD: Tensor | None  # the queries of all ranks, where they are candidates of a block of their own
+    owners_M: Tensor | None  # the query that a passage belongs to, as an index into those of all ranks; -1: none
+    own_gain: Tensor | None  # 0-d: what hardness multiplies the logits of a query's own hard negatives with
+    batch_gain: Tensor | None  # the same, of all other negatives of query_to_doc
+
+    @property
+    def columns(self) -> bool:
+        """Whether positive passages are anchors too, of terms of their own or in the softmax of their query."""
+        return self.symmetric or "doc_to_query" in self.joint
+
+    @property
+    def copies(self) -> int:
+        """How often a term's own positive is in its softmax: once for each direction that holds the pair."""
+        return 1 + ("doc_to_query" in self.joint)
+
+    @property
+    def own_apart(self) -> bool:
+        """Whether a query's own hard negatives among the passages have another hardness than the rest."""
+        return self.owners_M is not None and (self.own_gain is None) != (self.batch_gain is None)
 
     @property
     def p_MD(self) -> Tensor:
@@ -103,6 +125,9 @@ def meet_ranks(
             "passing passage_ids": o.passage_ids is not None,
             "passing query_ids": o.query_ids is not None,
             "passing weights": o.weights is not None,
+            "passing owners": o.owners is not None,
+            "joint (one bit per direction)": sum((name in o.joint) << i for i, name in enumerate(DIRECTIONS)),
+            "the place of hardness_mode in its choices": (None, *HARDNESS_MODES).index(o.hardness_mode),
             "symmetric": bool(o.symmetric),
             "passing false_negative_margin": o.false_negative_margin is not None,
             "the place of duplicates in its choices": DUPLICATES.index(o.duplicates),
@@ -170,6 +195,19 @@ def prepare(
     if query_ids_A is None and passage_ids_M is not None:
         query_ids_A = passage_ids_M[positives_A]
 
+    joint, owners_M, queries_AD = frozenset(o.joint) - {"query_to_doc"}, None, None
+    if o.owners is not None and ("doc_to_doc" in joint or o.hardness_mode is not None):
+        start = ranks.own_queries.start
+        owners_M = ranks.gather_passage_ids(torch.where(o.owners < 0, -1, o.owners + start).to(device))
+    if "query_to_query" in joint or (backend == "torch" and "doc_to_query" in joint):
+        queries_AD = q_ND
+        if ranks.group is not None:
+            queries_AD = rounded(ranks.of_queries.gather_passages(queries, held), o.compute_dtype).contiguous()
+    scale = ranks.shared_scale(as_tensor(scale, device).to(device, dtype))
+    gain = None
+    if o.hardness_mode is not None and o.hardness_strength > 0:  # the strength is that of similarities, not of logits
+        gain = 1 + o.hardness_strength / scale.detach()
+
     # Last, since a group's collectives are done in order: what is asked for after it would wait for it.
     if ranks.group is not None and backend != "torch":
         gathering = ranks.start_gathering(passages, held, lambda x: rounded(x, o.compute_dtype))
@@ -186,7 +224,7 @@ def prepare(
         passages_MD=passages_MD,
         gathering=gathering,
         own_NKD=own_NKD,
-        scale=ranks.shared_scale(as_tensor(scale, device).to(device, dtype)),
+        scale=scale,
         positives_N=positives_N,
         positive_rows=positive_rows,
         positives_A=positives_A,
@@ -204,6 +242,11 @@ def prepare(
         copied_bytes=copied_bytes,
         workspace_bytes=o.workspace_bytes,
         ranks=ranks,
+        joint=joint,
+        queries_AD=queries_AD,
+        owners_M=owners_M,
+        own_gain=None if o.hardness_mode == "in_batch_negatives" else gain,
+        batch_gain=None if o.hardness_mode == "hard_negatives" else gain,
     )
 
 

@@ -9,7 +9,7 @@ Shapes: N queries and M_r passages of this rank, A queries and M passages of all
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class Ranks:
     def own_first(self) -> list[slice]:
         """The passage blocks in the order to work on them: the own is there, the others are coming."""
         return self.passage_blocks[self.rank :] + self.passage_blocks[: self.rank]
+
+    @property
+    def of_queries(self) -> Ranks:
+        """The same ranks where queries are what is gathered and has its gradients added up."""
+        return replace(self, passage_counts=self.query_counts)
 
     # Differentiable, for the dense form. `sum` and `shared` are a pair: after a sum all ranks hold the same values and
     # computes the same things from them, so each rank's cotangent is already the whole one; where ranks use such a

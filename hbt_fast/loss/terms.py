@@ -5,6 +5,14 @@ candidates: passages and own negatives); in the symmetric half the positive pass
 of T = S[:, positives] (the queries of all ranks are its candidates). There is one column per query, so two queries that
 share a positive passage have a column each, and neither is a negative in the other's.
 
+Joint directions add candidates to a row's term: the other queries (query_to_query); and, with the query's positive
+passage as the anchor, the queries (doc_to_query) and the other passages (doc_to_doc). The pair itself is then in the
+softmax `copies` times: log(copies exp(s_pos) + Z) - s_pos = log(copies) + log1p(Z / (copies exp(s_pos))). The constant
+is left out, so that a term without negatives is 0 as ever: what remains is a term with log_sum(...) - log(copies).
+
+Hardness multiplies logits of negatives, s + strength * similarity, and no gradient flows through that: d loss / d s is
+what it would be if the sum were a constant beside s.
+
 Shapes: R a block of this rank's queries, N all of them, A the queries of all ranks, M passages, K own negatives,
 C = M + K candidates of a query, D dimensions.
 """
@@ -62,14 +70,15 @@ def margin_of(problem: Problem, pos_N: Tensor) -> Margin | None:
     if problem.margin is None:
         return None
     with torch.no_grad():
-
-        def inverse_norm(x: Tensor) -> Tensor:  # a zero vector has cosine 0 with everything
-            return 1 / torch.linalg.vector_norm(x, dim=-1, dtype=pos_N.dtype).clamp_min(torch.finfo(pos_N.dtype).tiny)
-
-        q_N, p_M = inverse_norm(problem.q_ND), inverse_norm(problem.p_MD)
-        own_NK = None if problem.own_NKD is None else inverse_norm(problem.own_NKD)
+        q_N, p_M = inverse_norm(problem.q_ND, pos_N.dtype), inverse_norm(problem.p_MD, pos_N.dtype)
+        own_NK = None if problem.own_NKD is None else inverse_norm(problem.own_NKD, pos_N.dtype)
         limit_N = pos_N * q_N * p_M[problem.positives_N] + problem.scale * problem.margin
         return Margin(q_N, p_M, own_NK, limit_N, problem.ranks.gather_queries(limit_N))
+
+
+def inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / norm of vectors, for the margin, without gradient; a zero vector has cosine 0 with everything."""
+    return 1 / torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
 
 
 def row_masks(problem: Problem, margin: Margin | None, rows: slice, s_RC: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -100,9 +109,7 @@ def column_masks(problem: Problem, margin: Margin | None, rows: slice, t_RA: Ten
     """
     own = problem.ranks.own_queries
     y_A = problem.positives_A
-    dropped_RA = y_A[own][rows, None] == y_A
-    if problem.query_ids_A is not None:
-        dropped_RA |= problem.query_ids_A[own][rows, None] == problem.query_ids_A
+    dropped_RA = same_question(problem, rows)
     further_RA = None
     if problem.duplicates == "positive":
         further_RA = dropped_RA.clone()
@@ -112,6 +119,22 @@ def column_masks(problem: Problem, margin: Margin | None, rows: slice, t_RA: Ten
         cosine_RA = t_RA.detach() * margin.inverse_q_N[rows, None] * margin.inverse_p_M[y_A]
         dropped_RA |= cosine_RA > margin.limit_A
     return dropped_RA, further_RA
+
+
+def same_question(problem: Problem, rows: slice) -> Tensor:
+    """(R, A) whether the positive of a query of all ranks answers this query too; it does its own."""
+    own, y_A = problem.ranks.own_queries, problem.positives_A
+    same_RA = y_A[own][rows, None] == y_A
+    if problem.query_ids_A is not None:
+        same_RA |= problem.query_ids_A[own][rows, None] == problem.query_ids_A
+    return same_RA
+
+
+def own_passages(problem: Problem) -> Tensor:
+    """(N, M) whether a passage belongs to the query."""
+    own = problem.ranks.own_queries
+    index_N = torch.arange(own.start, own.stop, device=problem.owners_M.device)
+    return index_N[:, None] == problem.owners_M
 
 
 def finite_maximum(largest: Tensor) -> Tensor:

@@ -17,13 +17,16 @@ F further positives.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbt_fast.loss.arguments import Options
-from hbt_fast.loss.negatives import Layout, further_positives, further_queries, layout_of
+from hbt_fast.loss.joint import OtherPassages, OtherQueries
+from hbt_fast.loss.negatives import Layout, layout_of
+from hbt_fast.loss.pairs import HardNegatives, Positives, RankOne, add_positives, further
 from hbt_fast.loss.panels import Panels, Statistics
 from hbt_fast.loss.panels_triton import TritonPanels
 from hbt_fast.loss.planner import explain
@@ -51,35 +54,6 @@ class _Wanted(NamedTuple):
     own_negatives_NKD: Tensor | None
     passages: bool
     scale: bool
-
-
-class _RankOne(NamedTuple):
-    """Parts of d loss / d S beside its panels: of pairs of a row and a passage."""
-
-    row_F: Tensor
-    passage_F: Tensor
-    ds_F: Tensor
-
-    def of_rows(self, rows: slice) -> _RankOne:
-        """Those of a range of rows, which are numbered from its start then."""
-        inside_F = (self.row_F >= rows.start) & (self.row_F < rows.stop)
-        row_F, passage_F, ds_F = (x[inside_F] for x in self)
-        return _RankOne(row_F - rows.start, passage_F, ds_F)
-
-
-class _Positives(NamedTuple):
-    """Positives beside a term's own, each by the row and the passage of its logit, and the term that it belongs to."""
-
-    row_F: Tensor
-    passage_F: Tensor
-    term_F: Tensor
-    logit_F: Tensor
-
-    def of_terms(self, terms: slice) -> _Positives:
-        """Those of a range of terms, which are numbered from its start then."""
-        inside_F = (self.term_F >= terms.start) & (self.term_F < terms.stop)
-        row_F, passage_F, term_F, logit_F = (x[inside_F] for x in self)
-        return _Positives(row_F, passage_F, term_F - terms.start, logit_F)
 
 
 class _Terms(NamedTuple):
@@ -137,60 +111,96 @@ def tiled_losses(
     margin = margin_of(problem, pos_N)
     own_NK = _own_logits(problem, margin)
     rows_N = Statistics.none(pos_N) if own_NK is None else Statistics.of(own_NK)  # then tile by tile
+    hard = HardNegatives.of(problem, margin)
+    if hard is not None:
+        rows_N.take(hard.statistics(pos_N))
     layout = layout_of(problem, margin)
     (n, d), m = problem.q_ND.shape, layout.p_MD.shape[0]
     queries = _Queries(problem, wanted, own_NK, rows_N)
     any_wanted = queries.needed or wanted.passages or wanted.own_negatives_NKD is not None
     plan = explain(
         n, m, d=d, dtype=queries.dtype, operands=problem.operands, symmetric=problem.symmetric, device=pos_N.device,
-        workspace_bytes=problem.workspace_bytes, backend=backend,
-        beside=_beside(problem, layout, wanted, passages_dtype),
+        workspace_bytes=problem.workspace_bytes, backend=backend, joint=tuple(problem.joint),
+        queries=problem.positives_A.shape[0], beside=_beside(problem, layout, wanted, passages_dtype),
     )  # fmt: skip
     form = TritonPanels if plan.backend == "triton" else Panels
     panels = form(problem, layout, plan, wanted.passages)
-    more_rows, more_columns = _further(problem)
+    other_queries = other_passages = None
+    if "query_to_query" in problem.joint:
+        other_queries = OtherQueries(problem, margin, plan, queries=wanted.queries_ND is not None)
+    if "doc_to_doc" in problem.joint:
+        other_passages = OtherPassages(problem, margin, plan, passages=wanted.passages, scale=wanted.scale)
+    more_rows, more_columns = further(problem)
 
-    if problem.symmetric:
+    def take_statistics(rows: slice, columns_A: Statistics | None = None) -> None:
+        panels.take_statistics(rows, rows_N, columns_A)
+        for other in (other_queries, other_passages):
+            if other is not None:
+                other.take_statistics(rows, rows_N, hold=columns_A is None)
+
+    def add_products(rows: slice, beside: list[RankOne], *of_columns: Statistics | Tensor) -> None:
+        dq_RD = queries.begin(rows)
+        panels.add_products(rows, rows_N, factor_N, *of_columns, dq_RD=dq_RD)
+        if other_queries is not None:
+            other_queries.add_products(rows, rows_N, factor_N, dq_RD)
+        if other_passages is not None:
+            other_passages.add_products(rows, rows_N, factor_N)
+        queries.finish(rows, dq_RD, factor_N, dpos_N, [*beside, *hard_negatives()])
+
+    def hard_negatives() -> list[RankOne]:
+        return [] if hard is None else [hard.rank_one(rows_N, factor_N)]
+
+    if problem.columns:
         columns_A = Statistics.none(pos_N.new_empty(problem.positives_A.shape[0]))
         for rows in panels.rows():
-            panels.take_statistics(rows, rows_N, columns_A)
+            take_statistics(rows, columns_A)
         columns_A = columns_A.over(ranks)
-        terms_A = _terms(columns_A, ranks.gather_queries(pos_N), more_columns, ranks)
-        terms_N = _terms(rows_N, pos_N, more_rows)
-        loss_N = 0.5 * (terms_N.loss_T + terms_A.loss_T[ranks.own_queries])
+        if problem.symmetric:
+            terms_A = _terms(columns_A, ranks.gather_queries(pos_N), more_columns, ranks)
+            terms_N = _terms(rows_N, pos_N, more_rows)
+            loss_N = 0.5 * (terms_N.loss_T + terms_A.loss_T[ranks.own_queries])
+            g_N = 0.5 * g_N
+            g_A = ranks.gather_queries(g_N)
+            dpos_N = _dpos(g_N, terms_N) + _dpos(g_A, terms_A)[ranks.own_queries]
+            beside = [*_rank_one(more_rows, g_N, terms_N), *_rank_one(more_columns, g_A, terms_A)]
+            factor_N, factor_A = g_N * rows_N.share(terms_N.slope_T), g_A * columns_A.share(terms_A.slope_T)
+        else:  # a column's negatives are in the softmax of its query
+            columns_A.take(Statistics(*(ranks.gather_queries(x) for x in (rows_N.maximum, rows_N.total))))
+            rows_N.take_over(columns_A.part(ranks.own_queries))
+            terms_N = _terms(rows_N, pos_N, more_rows, copies=problem.copies)
+            loss_N, dpos_N, beside = terms_N.loss_T, _dpos(g_N, terms_N), _rank_one(more_rows, g_N, terms_N)
+            factor_N = g_N * rows_N.share(terms_N.slope_T)
+            factor_A = ranks.gather_queries(factor_N)
         if not any_wanted:
             return loss_N, None, None
-        g_N = 0.5 * g_N
-        g_A = ranks.gather_queries(g_N)
-        dpos_N = _dpos(g_N, terms_N) + _dpos(g_A, terms_A)[ranks.own_queries]
-        further = [*_rank_one(problem, more_rows, g_N, terms_N), *_rank_one(problem, more_columns, g_A, terms_A)]
-        factor_N, factor_A = g_N * rows_N.share(terms_N.slope_T), g_A * columns_A.share(terms_A.slope_T)
         for rows in panels.rows():
-            dq_RD = queries.begin(rows)
-            panels.add_products(rows, rows_N, factor_N, columns_A, factor_A, dq_RD)
-            queries.finish(rows, dq_RD, factor_N, dpos_N, further)
+            add_products(rows, beside, columns_A, factor_A)
     else:
         factor_N, dpos_N = torch.zeros_like(pos_N), torch.zeros_like(pos_N)
         for rows in panels.rows():
-            panels.take_statistics(rows, rows_N)
+            take_statistics(rows)
             if any_wanted:
                 part, g_R = rows_N.part(rows), g_N[rows]
                 more = None if more_rows is None else more_rows.of_terms(rows)
                 terms_R = _terms(part, pos_N[rows], more)
                 factor_N[rows], dpos_N[rows] = g_R * part.share(terms_R.slope_T), _dpos(g_R, terms_R)
-                dq_RD = queries.begin(rows)
-                panels.add_products(rows, rows_N, factor_N, dq_RD=dq_RD)
-                queries.finish(rows, dq_RD, factor_N, dpos_N, _rank_one(problem, more, g_R, terms_R))
+                add_products(rows, _rank_one(more, g_R, terms_R))
         terms_N = _terms(rows_N, pos_N, more_rows)
         loss_N = terms_N.loss_T
         if not any_wanted:
             return loss_N, None, None
-        further = _rank_one(problem, more_rows, g_N, terms_N)
+        beside = _rank_one(more_rows, g_N, terms_N)
 
-    dp_MD = panels.passages()
+    dp_MD, dots = panels.passages(), queries.dots_N.sum()
     if dp_MD is not None:
-        _add_positives(problem, dp_MD, dpos_N, further)
-    return loss_N, dp_MD, queries.dots_N.sum() / problem.scale if wanted.scale else None
+        add_positives(problem, dp_MD, dpos_N, [*beside, *hard_negatives()])
+    if other_passages is not None:
+        dots += other_passages.dots
+        if dp_MD is not None:
+            other_passages.add_to(dp_MD)
+    if other_queries is not None and wanted.queries_ND is not None:
+        queries.add(other_queries.of_columns())
+    return loss_N, dp_MD, dots / problem.scale if wanted.scale else None
 
 
 class _Queries:
@@ -202,6 +212,11 @@ class _Queries:
         self.problem, self.wanted, self.own_NK, self.rows_N = problem, wanted, own_NK, rows_N
         self.needed = wanted.queries_ND is not None or wanted.scale
         self.dots_N = torch.zeros_like(rows_N.maximum)
+        # whole, in the computation's precision: the result, or one apart where rounding must wait for what comes last
+        self.sum_ND = wanted.queries_ND
+        if self.sum_ND is not None and self.sum_ND.dtype != problem.scale.dtype:
+            later = "query_to_query" in problem.joint
+            self.sum_ND = torch.empty_like(problem.q_ND, dtype=problem.scale.dtype) if later else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,13 +226,14 @@ class _Queries:
 
     def begin(self, rows: slice) -> Tensor | None:
         """(R, D) to put the products in, in the computation's precision: the result, if it has that."""
-        dtype, q_RD, out_ND = self.problem.scale.dtype, self.problem.q_ND[rows], self.wanted.queries_ND
         if not self.needed:
             return None
-        return torch.empty_like(q_RD, dtype=dtype) if out_ND is None or out_ND.dtype != dtype else out_ND[rows]
+        if self.sum_ND is not None:
+            return self.sum_ND[rows]
+        return torch.empty_like(self.problem.q_ND[rows], dtype=self.problem.scale.dtype)
 
     def finish(
-        self, rows: slice, dq_RD: Tensor | None, factor_N: Tensor, dpos_N: Tensor, further: list[_RankOne]
+        self, rows: slice, dq_RD: Tensor | None, factor_N: Tensor, dpos_N: Tensor, further: list[RankOne]
     ) -> None:
         """Add the other parts; take row dots; store what is not in its place."""
         problem, scale = self.problem, self.problem.scale
@@ -235,9 +251,14 @@ class _Queries:
             whole = slice(rows.start + block.start, rows.start + block.stop)
             dq_RD[block].addcmul_(dpos_R1[block], problem.positives(whole))
             self.dots_N[whole] = row_dots(q_RD[block], dq_RD[block], scale.dtype)
-        out_ND = self.wanted.queries_ND
-        if out_ND is not None and out_ND.dtype != dq_RD.dtype:
-            out_ND[rows] = dq_RD
+        if self.wanted.queries_ND is not None and self.sum_ND is None:
+            self.wanted.queries_ND[rows] = dq_RD
+
+    def add(self, dq_ND: Tensor) -> None:
+        """Add what comes when all panels are done."""
+        self.sum_ND += dq_ND
+        if self.sum_ND is not self.wanted.queries_ND:
+            self.wanted.queries_ND.copy_(self.sum_ND)
 
     def _own_negatives(self, rows: slice, dq_RD: Tensor | None, factor_N: Tensor) -> None:
         problem, out_NKD = self.problem, self.wanted.own_negatives_NKD
@@ -260,6 +281,12 @@ def _beside(problem: Problem, layout: Layout, wanted: _Wanted, passages_dtype: t
         copied += element * min(BLOCK, problem.q_ND.numel())  # products with one rank's passages
     if layout.source_M is not None:
         copied += layout.p_MD.nbytes
+    if "query_to_query" in problem.joint:  # the queries of all ranks and their gradients, and the sum of both parts
+        queries_AD = problem.queries_AD
+        copied += 0 if queries_AD.data_ptr() == problem.q_ND.data_ptr() else queries_AD.nbytes
+        copied += element * (queries_AD.numel() + problem.q_ND.numel())
+    if "doc_to_doc" in problem.joint:
+        copied += (element + problem.q_ND.element_size()) * problem.q_ND.numel() + of_columns
     if not wanted.passages:
         return copied
     if layout.source_M is not None:
@@ -268,9 +295,11 @@ def _beside(problem: Problem, layout: Layout, wanted: _Wanted, passages_dtype: t
     return copied + (0 if returned else element * problem.passages_MD.numel())
 
 
-def _terms(statistics: Statistics, pos_T: Tensor, further: _Positives | None, ranks: Ranks = ALONE) -> _Terms:
+def _terms(
+    statistics: Statistics, pos_T: Tensor, further: Positives | None, ranks: Ranks = ALONE, copies: int = 1
+) -> _Terms:
     """Terms from the statistics of their negatives; further positives of a term may lie on several ranks."""
-    lse_T = log_sum(statistics.maximum, statistics.total)
+    lse_T = log_sum(statistics.maximum, statistics.total) - math.log(copies)
     loss_T, slope_own_T = term_loss(lse_T, pos_T), term_slope(lse_T, pos_T)
     if further is None:
         return _Terms(loss_T, lse_T, slope_own_T, slope_own_T, torch.ones_like(pos_T))
@@ -296,50 +325,15 @@ def _own_logits(problem: Problem, margin: Margin | None) -> Tensor | None:
         return None
     rows = blocks(own_NKD.shape[0], max(1, own_NKD[0].numel()))
     own_NK = torch.cat([(own_NKD[r].to(dtype) @ q_ND[r, :, None].to(dtype))[:, :, 0] for r in rows]).mul_(problem.scale)
-    if margin is None:
-        return own_NK
-    cosine_NK = own_NK * margin.inverse_q_N[:, None] * margin.inverse_own_NK
-    return own_NK.masked_fill(cosine_NK > margin.limit_N[:, None], NEGATIVE_INFINITY)
+    if margin is not None:
+        cosine_NK = own_NK * margin.inverse_q_N[:, None] * margin.inverse_own_NK
+        own_NK.masked_fill_(cosine_NK > margin.limit_N[:, None], NEGATIVE_INFINITY)
+    return own_NK if problem.own_gain is None else own_NK * problem.own_gain
 
 
-def _further(problem: Problem) -> tuple[_Positives | None, _Positives | None]:
-    """Further positives of the row terms, and of the column terms of all ranks that have their row on this one."""
-    rows = columns = None
-    if problem.duplicates == "positive" and problem.passage_ids_M is not None:
-        row_F, passage_F = further_positives(problem)
-        rows = _Positives(row_F, passage_F, row_F, _logits(problem, row_F, passage_F))
-    if problem.duplicates == "positive" and problem.symmetric:
-        row_F, query_F = further_queries(problem)
-        passage_F = problem.positives_A[query_F]
-        columns = _Positives(row_F, passage_F, query_F, _logits(problem, row_F, passage_F))
-    return rows, columns
-
-
-def _logits(problem: Problem, row_F: Tensor, passage_F: Tensor) -> Tensor:
-    dtype = problem.scale.dtype
-    logit_F = torch.empty_like(row_F, dtype=dtype)
-    for block in blocks(row_F.shape[0], problem.q_ND.shape[1]):
-        logit_F[block] = row_dots(problem.q_ND[row_F[block]], problem.p_MD[passage_F[block]], dtype)
-    return logit_F.mul_(problem.scale)
-
-
-def _rank_one(problem: Problem, further: _Positives | None, g_T: Tensor, terms: _Terms) -> list[_RankOne]:
+def _rank_one(further: Positives | None, g_T: Tensor, terms: _Terms) -> list[RankOne]:
     """d loss / d logit of further positives, if there are any."""
     if further is None:
         return []
     slope_F = term_slope(terms.lse_T[further.term_F], further.logit_F)
-    return [_RankOne(further.row_F, further.passage_F, -(g_T / terms.count_T)[further.term_F] * slope_F)]
-
-
-def _add_positives(problem: Problem, dp_MD: Tensor, dpos_N: Tensor, further: list[_RankOne]) -> None:
-    """What the positives' logits add to the gradients of the passages."""
-    scale, q_ND = problem.scale, problem.q_ND
-    if problem.positive_rows is not None:
-        dp_MD[problem.positive_rows].addcmul_((scale * dpos_N)[:, None], q_ND)
-    else:
-        every_N = torch.arange(q_ND.shape[0], device=q_ND.device)
-        further = [_RankOne(every_N, problem.positives_N, dpos_N), *further]
-    for row_F, passage_F, ds_F in further:
-        for block in blocks(ds_F.shape[0], q_ND.shape[1]):
-            down_FD = (scale * ds_F[block, None]) * q_ND[row_F[block]]
-            dp_MD.index_put_((passage_F[block],), down_FD, accumulate=True)
+    return [RankOne(further.row_F, further.passage_F, -(g_T / terms.count_T)[further.term_F] * slope_F)]

@@ -27,7 +27,8 @@ Parts = tuple[Tensor | None, ...]  # Negatives.tile
 
 def statistics(s_RC: Tensor, row: Statistics, column: Statistics | None, negatives: Parts) -> None:
     """Take a tile's (maximum, total) over row negatives into `row`, and over column negatives into `column`."""
-    row.take(type(row).of(s_RC.masked_fill(_no_row_negative(s_RC, negatives), NEGATIVE_INFINITY)))
+    of_rows_RC = s_RC.masked_fill(_no_row_negative(s_RC, negatives), NEGATIVE_INFINITY)
+    row.take(type(row).of(_gained(of_rows_RC, negatives)))
     if column is not None:
         s_RB = s_RC[:, : column.total.shape[0]]
         s_RB = s_RB.masked_fill(_no_column_negative(s_RB, negatives), NEGATIVE_INFINITY)
@@ -50,23 +51,30 @@ def gradient(
         dropped_RB = _no_column_negative(s_RB, negatives)
         from_columns_RB = s_RB.masked_fill(dropped_RB, NEGATIVE_INFINITY).sub_(finite_maximum(column.maximum))
         from_columns_RB.exp_().mul_(factor_B)
-    s_RC.masked_fill_(dropped_RC, NEGATIVE_INFINITY).sub_(finite_maximum(row.maximum)[:, None])
+    _gained(s_RC.masked_fill_(dropped_RC, NEGATIVE_INFINITY), negatives).sub_(finite_maximum(row.maximum)[:, None])
     s_RC.exp_().mul_(factor_R[:, None])
     if from_columns_RB is not None:
         s_RC[:, : from_columns_RB.shape[1]] += from_columns_RB
 
 
+def _gained(s_RC: Tensor, negatives: Parts) -> Tensor:
+    """A row's logits with their hardness, in place."""
+    return s_RC if negatives[-1] is None else s_RC.mul_(negatives[-1])
+
+
 def _no_row_negative(s_RC: Tensor, negatives: Parts) -> Tensor:
-    row_key_R, column_key_C, *_, row_inverse_R, column_inverse_C, row_limit_R, _ = negatives
+    row_key_R, column_key_C, *_, row_inverse_R, column_inverse_C, row_limit_R, _, row_owner_R, owner_C, _ = negatives
     dropped_RC = row_key_R[:, None] == column_key_C
     dropped_RC |= column_key_C == REPEATED
+    if row_owner_R is not None:
+        dropped_RC |= row_owner_R[:, None] == owner_C
     if row_inverse_R is not None:
         dropped_RC |= s_RC * row_inverse_R[:, None] * column_inverse_C > row_limit_R[:, None]
     return dropped_RC
 
 
 def _no_column_negative(s_RB: Tensor, negatives: Parts) -> Tensor:
-    _, _, row_term_R, column_term_B, row_pair_R, column_pair_B, row_inverse_R, column_inverse_C, _, limit_B = negatives
+    row_term_R, column_term_B, row_pair_R, column_pair_B, row_inverse_R, column_inverse_C, _, limit_B = negatives[2:10]
     dropped_RB = row_term_R[:, None] == column_term_B
     if row_pair_R is not None:
         dropped_RB |= row_pair_R[:, None] == column_pair_B

@@ -28,7 +28,8 @@ def traced_info_nce(
     group = None if o.group is None else o.group.group_name
     settings = (
         o.positives, o.passage_ids, o.query_ids, o.weights, o.duplicates, bool(o.symmetric), o.false_negative_margin,
-        o.reduction, group, o.compute_dtype, o.workspace_bytes, o.backend,
+        o.reduction, group, o.compute_dtype, o.workspace_bytes, o.backend, ",".join(o.joint), o.owners,
+        o.hardness_mode, float(o.hardness_strength),
     )  # fmt: skip
     return _Traced.apply(queries, passages, scale, own_negatives, torch.is_grad_enabled(), *settings)
 
@@ -52,13 +53,18 @@ def _operator(
     compute_dtype: MaybeStr,
     workspace_bytes: MaybeInt,
     backend: str,
+    joint: str,
+    owners: MaybeTensor,
+    hardness_mode: MaybeStr,
+    hardness_strength: float,
 ) -> list[Tensor]:
     """The loss and the gradients of the first four arguments, empty for those that `needs` leaves out."""
     if group is not None:
         group = torch.distributed.distributed_c10d._resolve_process_group(group)
     o = Options(
         positives, passage_ids, query_ids, duplicates, weights, symmetric, false_negative_margin, reduction, group,
-        compute_dtype, workspace_bytes, backend,
+        compute_dtype, workspace_bytes, backend, tuple(joint.split(",")) if joint else (), owners, hardness_mode,
+        hardness_strength,
     )  # fmt: skip
     inputs = (queries, passages, scale, own_negatives)
     ranks = meet_ranks(*inputs, o)
@@ -114,4 +120,4 @@ class _Traced(torch.autograd.Function):
             _, *gradients = _info_nce(*ctx.saved_tensors, cotangent, needs, *ctx.settings)
         else:
             gradients = [(g * cotangent).to(g.dtype) for g in ctx.saved_tensors]
-        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, *(None,) * 12
+        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, *(None,) * 16
