@@ -40,10 +40,11 @@ def write_model_card(folder: Path, config: Config, store: Store, before: Results
     )
     prompts = {"query": config.model.query_prompt, "passage": config.model.passage_prompt}
     both = " LangChain, LlamaIndex and Chroma take one model for both: give them vectors." if separate else ""
+    languages = f"{len(store.languages)} language{'s' * (len(store.languages) > 1)}"
     data = "\n".join(f"- {source.name}: {source.rows:,} rows" for source in store.sources)
     body = f"""# A multilingual retriever, trained with hbt_fast
 
-Questions and passages in {len(store.languages)} languages are mapped to unit vectors; inner products compare them.
+Questions and passages in {languages} are mapped to unit vectors; inner products compare them.
 
 ## Results
 
@@ -113,11 +114,11 @@ def _results(before: Results | None, after: Results | None) -> str:
     return f"On {after.task} ({after.queries:,} queries, {after.candidates:,} candidates):\n\n{table.strip()}"
 
 
-def _base_of(path: str) -> tuple[str | list[str] | None, str | None]:
+def _base_of(path: str) -> tuple[str | None, str | None]:
     """The name on the hub of what training started from, and its licence; None where they are not known."""
     from huggingface_hub import ModelCard
 
-    name = path if can_be_on_the_hub(path) and not os.path.isdir(path) else None
+    name = path if _is_hub_name(path) else None
     if cached := IN_THE_CACHE.search(f"{os.path.abspath(path)}/"):
         name = "/".join(cached.groups())
     try:
@@ -126,4 +127,9 @@ def _base_of(path: str) -> tuple[str | list[str] | None, str | None]:
     except Exception:  # a card that cannot be read is no reason to end a run that is done
         said = None
     licence = getattr(said, "license", None)
-    return name or getattr(said, "base_model", None), licence if isinstance(licence, str) else None
+    of_base = getattr(said, "base_model", None)  # peft writes a path there
+    return name or (of_base if _is_hub_name(of_base) else None), licence if isinstance(licence, str) else None
+
+
+def _is_hub_name(name: object) -> bool:
+    return isinstance(name, str) and can_be_on_the_hub(name) and not os.path.isdir(name)

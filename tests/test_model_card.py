@@ -138,6 +138,16 @@ def test_a_base_and_a_licence_are_named_only_where_they_are_known(made, tmp_path
     assert (data.base_model, data.license, data.eval_results) == (name, None, None)
 
 
+@pytest.mark.parametrize("said", ["/home/me/base", "here/base", "[a/b, c/d]", "5"])
+def test_what_a_card_of_the_base_calls_its_base_is_named_only_if_it_is_one_of_the_hubs(
+    made, tmp_path, monkeypatch, said
+):
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "base" / "README.md").write_text(f"---\nbase_model: {said}\n---\n")
+    assert ModelCard.load(made(model={"path": "here/base"}) / "README.md").data.base_model is None
+
+
 def test_no_way_to_a_file_of_this_machine_is_in_the_card(made, tmp_path):
     paths = ["/home/me/data/train.jsonl", "zip://x.tsv::/home/me/data/all.zip", "../private/more.tsv"]
     sources = [Source(path=path) for path in [*paths, "~/private/my own.tsv", "data/kept.tsv"]]
