@@ -362,3 +362,31 @@ def test_format_hf_takes_a_file_too(tmp_path):
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         (tmp_path / name).write_bytes(CONTAINERS[name](LAYOUTS["triplets"][0]))
         check(read(tmp_path / name, format="hf")[0], "triplets")
+
+
+def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
+    record = LAYOUTS["flagembedding"][0]
+    write(tmp_path / "a.json", record, record)
+    assert len(read(tmp_path / "a.json")[0]) == 4
+    write(tmp_path / "long.json", {**record, "query": "x" * 200_000}, record)
+    assert len(read(tmp_path / "long.json")[0]) == 4
+    (tmp_path / "b.json").write_text('{"data":\n []}')
+    assert read(tmp_path / "b.json")[0] == []  # SQuAD without a paragraph
+
+
+def test_files_of_any_name_are_read_by_format_and_globs_by_their_files(tmp_path):
+    record = LAYOUTS["triplets"][0]
+    for name in ("part-0", "part-1.gz.txt"):
+        write(tmp_path / name, record)
+    assert len(read(tmp_path / "part-*", format="jsonl")[0]) == 2
+    with pytest.raises(
+        DataError, match=r"holds no file of format jsonl by its ending, but part-0, part-1.gz.txt; give"
+    ):
+        read(tmp_path, format="jsonl")
+    write(tmp_path / "a.jsonl", record)
+    (tmp_path / "b.csv").write_bytes(cells(record, ","))
+    assert len(read(tmp_path)[0]) == len(read(tmp_path / "*.*")[0]) == 2
+    assert len(read(tmp_path, format="jsonl")[0]) == 1
+    (tmp_path / "c.json").write_text('{"data": []}')
+    with pytest.raises(DataError, match=r"holds SQuAD JSON \(c.json\) beside files of other kinds \(csv, json"):
+        read(tmp_path / "?.*")

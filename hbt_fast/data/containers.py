@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from hbt_fast.data.problems import Problems
-from hbt_fast.data.reading import array_records, lines, opened, records
+from hbt_fast.data.reading import array_records, lines, opened, parsed, records
 from hbt_fast.data.rows import DataError
 
 if TYPE_CHECKING:
@@ -66,10 +66,25 @@ def read_container(kind: str, path: str, source: Source, problems: Problems) -> 
     return _arrow(path, kind, problems)
 
 
-def is_array(path: str) -> bool:
-    """Whether a JSON file is one array, rather than one object."""
+def kind_of_json(path: str, longest_line: int) -> str:
+    """What a file that is called .json holds: "json", an array; "jsonl", records by line; or "squad", one document.
+
+    Args:
+        path: of the file.
+        longest_line: bytes of a line of records.
+    """
     with opened(path) as file:
-        return file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        first = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if first.startswith(b"["):
+            return "json"
+        while not first.partition(b"\n")[2].lstrip() and len(first) <= longest_line and (more := file.read(1 << 16)):
+            first += more
+    line, _, rest = first.partition(b"\n")
+    try:
+        whole = rest.lstrip().startswith(b"{") and isinstance(parsed(line.decode()), dict)
+    except (DataError, UnicodeDecodeError):
+        return "squad"  # its reader says what is wrong
+    return "jsonl" if whole else "squad"
 
 
 def _table(path: str, separator: str, source: Source, problems: Problems) -> Records:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
-from hbt_fast.data.containers import CONTAINERS, ending, read_container
+from hbt_fast.data.containers import CONTAINERS, ending, kind_of_json, read_container
 from hbt_fast.data.layouts import Layout
 from hbt_fast.data.problems import Problems
 from hbt_fast.data.reading import Bounded, described, lines, opened, records
@@ -31,10 +32,22 @@ read_jsonl = read_json = read_csv = read_tsv = read_parquet = read_arrow = read_
 def _records(source: Source, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of all files of a source."""
     paths = expand(source.path)
-    for path in paths:
-        kind = CONTAINERS.get(ending(path))
-        if len(paths) == 1 and source.format in CONTAINERS.values():  # whatever its name
-            kind = source.format
+    is_folder, given = Path(source.path).expanduser().is_dir(), source.format in CONTAINERS.values()
+    kinds = {path: CONTAINERS.get(ending(path)) for path in paths}
+    if given and not is_folder:  # whatever their names
+        kinds = dict.fromkeys(paths, source.format)
+    elif given:
+        kinds = {path: kind for path, kind in kinds.items() if kind == source.format}
+    if not any(kinds.values()):
+        names = ", ".join(Path(path).name for path in paths[:5])
+        raise DataError(
+            f"{source.path}: holds no file of format {source.format} by its ending, but {names}; give a glob"
+        )
+    for path, kind in kinds.items():
+        if kind == "json" and not given:
+            kind = kind_of_json(path, problems.longest_line)
+        if kind == "squad":
+            raise DataError(f"{path}: SQuAD beside other files; give it a source of its own")
         if kind is not None:  # of a folder: what lies beside the data
             found = read_container(kind, path, source, problems)
             yield from _named(found, path, source) if kind in ("csv", "tsv") and not source.bitext else found
@@ -207,8 +220,6 @@ def read_hf(source: Source, problems: Problems) -> Iterator[Row]:
 
 def _loaded(path: str, source: Source) -> Iterator[dict[str, Any]]:
     """The records of a Hugging Face data set, whose files may turn out broken at any of them."""
-    from pathlib import Path
-
     import datasets
 
     broken = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, NotImplementedError)

@@ -201,7 +201,7 @@ def read_source(
     problems = Problems(on_error == "skip", skipped, tally=tally, **limits)
     wanted = {normalise(code) for code in languages} if languages else None
     problems.languages = wanted
-    kind = _format(source)
+    kind = _format(source, longest_line)
     if source.format == "auto":
         refuse_unheeded(source, kind, f"source {source.name or source.path or 'files'}")
     reader = getattr(formats, f"read_{kind}")
@@ -307,9 +307,9 @@ def _unusable(text: str, code: str, longest: int) -> str:
     return half_pair(text)
 
 
-def _format(source: Source) -> str:
+def _format(source: Source, longest_line: int = LONGEST_LINE) -> str:
     from hbt_fast.data.collection_files import kind_of_file
-    from hbt_fast.data.containers import CONTAINERS, ending, is_array
+    from hbt_fast.data.containers import CONTAINERS, ending, kind_of_json
 
     if source.format == "cldr":
         return "cldr"
@@ -319,15 +319,21 @@ def _format(source: Source) -> str:
         return source.format
     path = source.path or next(iter(source.files.values()))
     found = {**CONTAINERS, ".tmx": "tmx", ".txt": "lines"}.get(ending(path))
-    if found is None and (folder := Path(path).expanduser()).is_dir():
-        inside = [Path(name).relative_to(folder) for name in expand(path)]
-        kinds = {CONTAINERS.get(ending(str(name))) for name in inside} - {None}
-        found = "json" if "json" in kinds else next(iter(kinds), None)
-        if any(kind_of_file(name) == "qrels" for name in inside):
+    here, kinds = Path(path).expanduser(), set()
+    if found is None and (here.is_dir() or any(c in here.name for c in "*?[")):
+        inside = expand(path)
+        kinds = {CONTAINERS.get(ending(name)) for name in inside} - {None}
+        found = "json" if "json" in kinds else next(iter(sorted(kinds)), None)
+        if here.is_dir() and any(kind_of_file(Path(name).relative_to(here)) == "qrels" for name in inside):
             found = "judged"
     if found == "json":
         first = next(name for name in expand(path) if ending(name) == ".json")
-        found = "json" if not source.files and is_array(first) else "squad"
+        found = "squad" if source.files else kind_of_json(first, longest_line)
+        if found == "squad" and len(kinds) > 1:
+            raise DataError(
+                f"{path}: holds SQuAD JSON ({Path(first).name}) beside files of other kinds ({', '.join(sorted(kinds))}); "
+                "give each kind a source of its own"
+            )
     if found is None:
         raise DataError(
             f"{path}: cannot tell the format from the name; set the source's format to squad, jsonl, json, csv, tsv, "
