@@ -157,6 +157,8 @@ def test_every_dtype_is_read_as_float32(folder, dtype, pickled, two):
     if two:
         modules = json.loads((folder / "modules.json").read_text())
         (folder / "modules.json").write_text(json.dumps(modules[:2]))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
     for file in files:
         cast(file, dtype)
     expected = Encoder.from_pretrained(folder).encode(TEXTS)

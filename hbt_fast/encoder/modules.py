@@ -225,7 +225,7 @@ def _dense(name: str, folder: str, config: Fields) -> tuple[nn.Linear, nn.Module
     path = next(filter(None, (find(name, f"{folder}/{file}") for file in NAMES)), None)
     if path is None:
         raise EncoderError(f"{where}: no {' or '.join(NAMES)}, and weights in other files are not read; {AGAIN}")
-    weights = {key.removeprefix("linear."): tensor.float() for key, tensor in read_weights(path).items()}
+    weights = {key.removeprefix("linear."): tensor for key, tensor in read_weights(path).items()}
     size = config.whole("out_features"), config.whole("in_features")
     wanted = {"weight": size, "bias": size[:1]} if config.flag("bias", True) else {"weight": size}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
