@@ -129,3 +129,12 @@ def test_a_plan_for_a_gpu_can_be_made_without_one(monkeypatch):
     assert (one.backend, one.passes, both.passes) == ("triton", 3, 4)
     assert max(one.extra_bytes, both.extra_bytes) <= 1024 * MIB
     assert explain(9, 9, device="cuda", dtype=torch.float64).backend == "torch-chunked"
+
+
+@built
+def test_an_extension_that_was_built_from_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(tiles, "ARGUMENTS", tiles.ARGUMENTS + 1)
+    tiles.compiled.cache_clear()
+    with pytest.warns(UserWarning, match="was built from other sources than these, and is not used: build it again"):
+        assert tiles.compiled() is None
+    tiles.compiled.cache_clear()

@@ -331,8 +331,8 @@ def _format(source: Source, longest_line: int = LONGEST_LINE) -> str:
         found = "squad" if source.files else kind_of_json(first, longest_line)
         if found == "squad" and len(kinds) > 1:
             raise DataError(
-                f"{path}: holds SQuAD JSON ({Path(first).name}) beside files of other kinds ({', '.join(sorted(kinds))}); "
-                "give each kind a source of its own"
+                f"{path}: holds SQuAD JSON ({Path(first).name}) beside files of other kinds ({', '.join(sorted(kinds))}"
+                "); give each kind a source of its own"
             )
     if found is None:
         raise DataError(

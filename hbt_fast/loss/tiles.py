@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hbt_fast.loss.panels import Statistics
 
 REPEATED = -1
+ARGUMENTS = 18  # of tile_statistics in csrc/tiles.cpp
 Parts = tuple[Tensor | None, ...]  # Negatives.tile
 
 
@@ -90,6 +92,13 @@ def compiled() -> SimpleNamespace | None:
     for folder in spec.submodule_search_locations or []:
         for library in sorted(Path(folder).glob("_tiles*.so")):
             torch.ops.load_library(library)
+            if len(torch.ops.hbt_fast.tile_statistics.default._schema.arguments) != ARGUMENTS:
+                warnings.warn(
+                    f"{library} was built from other sources than these, and is not used: build it again (pip install "
+                    "--no-build-isolation -e .); until then the loss of CPUs runs in torch",
+                    stacklevel=2,
+                )
+                return None
             return SimpleNamespace(statistics=_compiled_statistics, gradient=_compiled_gradient)
     return None
 
