@@ -14,6 +14,7 @@ LOSS = [  # what someone with another trainer needs: the loss, nothing else
 TRAIN = [
     "transformers>=5.17",  # encoders, tokenizers, learning-rate schedules
     "tokenizers>=0.23.1",  # trains the demo's tokenizer; as transformers 5.17 wants it
+    "huggingface_hub>=1.5",  # asks the hub once, model cards; as transformers 5.17 wants it
     "safetensors>=0.8",  # checkpoints without pickle; as transformers 5.17 wants it
     "deepspeed>=0.19.2",  # ZeRO; coalesce_grad_reduction came with 0.19.2
     "numba>=0.62",  # batch plan, packing, bitext search
