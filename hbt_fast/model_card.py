@@ -10,7 +10,7 @@ from pathlib import Path
 from hbt_fast.base.files import write_whole
 from hbt_fast.clients import snippets
 from hbt_fast.config import Config, dump
-from hbt_fast.data.store import Store
+from hbt_fast.data.store import SourceStore, Store
 from hbt_fast.encoder.checkpoint_files import find
 from hbt_fast.encoder.hub import can_be_on_the_hub
 from hbt_fast.evaluation.report import comparison
@@ -41,7 +41,7 @@ def write_model_card(folder: Path, config: Config, store: Store, before: Results
     prompts = {"query": config.model.query_prompt, "passage": config.model.passage_prompt}
     both = " LangChain, LlamaIndex and Chroma take one model for both: give them vectors." if separate else ""
     languages = f"{len(store.languages)} language{'s' * (len(store.languages) > 1)}"
-    data = "\n".join(f"- {source.name}: {source.rows:,} rows" for source in store.sources)
+    data = "\n".join(_source(source, list(prompts.values())) for source in store.sources)
     body = f"""# A multilingual retriever, trained with hbt_fast
 
 Questions and passages in {languages} are mapped to unit vectors; inner products compare them.
@@ -105,6 +105,13 @@ def _front_matter(config: Config, languages: list[str], after: Results | None) -
         model_name=Path(config.train.run_dir).resolve().name if results else None,
         eval_results=results or None,
     ).to_yaml()
+
+
+def _source(source: SourceStore, prompts: list[str]) -> str:
+    """What there is of a source, and its prompts where they are not the model's."""
+    own = [role.prompt for role in source.roles]
+    said = "" if own == prompts else f", with prompts of its own: {json.dumps(own, ensure_ascii=False)}"
+    return f"- {source.name}: {source.rows:,} rows{said}"
 
 
 def _results(before: Results | None, after: Results | None) -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from hbt_fast.data.plan import BatchPlanner
-    from hbt_fast.data.shares import BatchConfig
     from hbt_fast.data.store import SourceStore, Store
     from hbt_fast.data.tokens_seen import TokensSeen
     from hbt_fast.encoder.prompts import Prompts
@@ -53,13 +52,17 @@ def overview(
         "sources": [_source(source, tokens_seen(source, tokenizer)) for source in store.sources],
         "examples": _examples(store, tokenizer),
         "language pairs": _pairs(store, planner),
-        "not used": _not_used(store, planner.batch),
+        "not used": _not_used(store, planner),
     }
 
 
-def _not_used(store: Store, batch: BatchConfig) -> list[str]:
-    """Settings that ask for what does not come."""
+def _not_used(store: Store, planner: BatchPlanner) -> list[str]:
+    """Settings that ask for what does not come, and data that no setting asks for."""
+    batch = planner.batch
     said, default = [], type(batch)()
+    counts = zip(store.sources, planner.hard_negatives, strict=True)
+    if unused := [source.name for source, number in counts if len(source.negative_texts) and not number]:
+        said.append(f"the hard negatives of {', '.join(unused)}, for batch.hard_negatives is 0")
     if batch.hard_negatives and not any(len(source.negative_texts) for source in store.sources):
         said.append(f"batch.hard_negatives is {batch.hard_negatives}, and the data has none")
     for source, number in zip(store.sources, store.hard_negatives, strict=False):
@@ -169,6 +172,8 @@ def _source_in_words(source: dict, prompts: list[str]) -> list[str]:
         layouts.append(f"  read as {layout['layout']}: {_some(layout['read'])}")
         if layout["not read"]:
             layouts[-1] += f"; not read: {_some(layout['not read'])}"
+        for name, count in layout.get("not above 0", {}).items():
+            layouts[-1] += f"; {name} is 0 or below in {count:,} of the first rows, which count as answers, too"
         if (found := [name for name in layout["not read"] if "neg" in name.lower()]) and not source["hard negatives"]:
             layouts[-1] += f"; hard negatives, perhaps? Set the source's fields: {{negatives: {found[0]}}}"
     if source["prompts"] != prompts:

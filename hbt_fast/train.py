@@ -87,6 +87,7 @@ def _train(config: Config, prompts: Prompts, world: World, run: Path, log: RunLo
 
     evaluator = Evaluator(config, world, log)
     store, tokenizer = prepare(config, world)
+    config = evaluator.config = with_prompts_of_all(config, store, log)
     planner = make_planner(store, config)
     rewrite = make_rewrite(store, tokenizer, config, log)
     towers = build(config, tokenizer, world.autocast)
@@ -161,6 +162,15 @@ def _train(config: Config, prompts: Prompts, world: World, run: Path, log: RunLo
         write_model_card(run / "model", config, store, before, after)
         log.finish({"exported model": run / "model", "settings": run / "config.yaml", **plots})
     world.barrier()
+
+
+def with_prompts_of_all(config: Config, store: Store, log: RunLog) -> Config:
+    """The settings, whose prompts are those of the sources where all have the same: no other was ever trained with."""
+    (query, passage), *others = {tuple(role.prompt for role in source.roles) for source in store.sources}
+    if others or (query, passage) == (config.model.query_prompt, config.model.passage_prompt):
+        return config
+    log.say(f"all sources have query prompt {query!r} and passage prompt {passage!r}, which are the model's")
+    return replace(config, model=replace(config.model, query_prompt=query, passage_prompt=passage))
 
 
 def build(config: Config, tokenizer: PreTrainedTokenizerFast, autocast: torch.dtype | None = None) -> Towers:

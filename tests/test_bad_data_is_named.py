@@ -161,6 +161,6 @@ def test_codes_of_all_kinds_become_one():
 
 def test_a_source_names_the_files_that_it_is_made_of(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
-    assert [str(p) for p in input_files(Source(path=str(tmp_path / "*.jsonl"), exclude_paragraphs_of=[path]))] == [
-        path
-    ] * 2
+    other = write(tmp_path / "other.json", "{}")
+    found = input_files(Source(path=str(tmp_path / "*.jsonl"), exclude_paragraphs_of=[path, other]))
+    assert [str(p) for p in found] == [path, other]

@@ -69,8 +69,8 @@ def test_a_split_of_what_has_none_is_refused_once_the_format_is_found(tmp_path):
     put(tmp_path / "a.tsv", "query\tpassage\na\tb\n")
     with pytest.raises(DataError, match=r"a.tsv.split is set, which format tsv has no use for; leave it out"):
         read(tmp_path / "a.tsv", language="en", split="dev")
-    with pytest.raises(DataError, match=r"a.tsv.passage is set, which format tsv has no use for"):
-        read(tmp_path / "a.tsv", language="en", passage="paragraph")
+    with pytest.raises(DataError, match=r"a.tsv.pair is set, which format tsv has no use for"):
+        read(tmp_path / "a.tsv", language="en", pair="next")
 
 
 def test_languages_are_folders(tmp_path, scifact):

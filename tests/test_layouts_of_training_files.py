@@ -40,14 +40,14 @@ LAYOUTS = {  # name: a record, (passage, content, score) of its rows, (hard nega
     ),
     "tevatron": (
         {"query_id": "1", "query": "what?", "positive_passages": [DOCUMENT], "negative_passages": [OTHER]},
-        [("Gold A metal.", "d1", None)],
+        [("Gold A metal.", "en:d1", None)],
         [("A fruit.", None)],
     ),
     "dpr": (
         {"question": "what?", "answers": ["gold"], "positive_ctxs": [{"title": "Gold", "text": "A metal.",
          "passage_id": "p1"}, {"title": "Au", "text": "An element."}], "negative_ctxs": [{"title": "", "text": "Far."}],
          "hard_negative_ctxs": [{"title": "Fig", "text": "A fruit."}]},
-        [("Gold A metal.", "p1", None), ("Au An element.", None, None)],
+        [("Gold A metal.", "en:p1", None), ("Au An element.", None, None)],
         [("Fig A fruit.", None), ("Far.", None)],
     ),
     "messages": (
@@ -390,3 +390,107 @@ def test_files_of_any_name_are_read_by_format_and_globs_by_their_files(tmp_path)
     (tmp_path / "c.json").write_text('{"data": []}')
     with pytest.raises(DataError, match=r"holds SQuAD JSON \(c.json\) beside files of other kinds \(csv, json"):
         read(tmp_path / "?.*")
+
+
+def test_columns_beside_the_negatives_are_none(tmp_path):
+    record = {"query": "a", "positive": "p", "negative_1": "n", "negative_id": "D17", "negative_source": "bm25"}
+    rows, tally = read(write(tmp_path / "a.jsonl", {**record, "negative_scores": [0.5]}))
+    assert (rows[0].negatives, rows[0].negative_scores) == ({"en": ("n",)}, {"en": (0.5,)})
+    assert tally.layouts[0].plain()["not read"] == ["negative_id", "negative_source"]
+    fields = {"query": "query", "passage": "positive", "negatives": ["negative_?", "*e"]}  # of what nothing else is
+    write(tmp_path / "a.jsonl", record)
+    assert read(tmp_path / "a.jsonl", fields=fields)[0][0].negatives == {"en": ("n", "bm25")}
+
+
+def test_scores_of_spellings_of_one_language_stay_with_their_texts(tmp_path):
+    negatives = {"en-US": ["n1"], "en-GB": ["n2"]}
+    record = {"query": {"en": "a"}, "passage": {"en": "x"}, "negatives": negatives, "negative_scores": {"en-GB": [0.5]}}
+    ((row,), _) = read(write(tmp_path / "a.jsonl", record))
+    assert row.negatives == {"en": ("n1", "n2")}
+    assert row.negative_scores["en"] == pytest.approx((float("nan"), 0.5), nan_ok=True)
+
+
+def test_a_limit_leaves_the_checks_of_fields_on(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"query": f"q{n}", "passage": f"p{n}", "neg": ["n"]} for n in range(9)])
+    with pytest.raises(DataError, match="negatives is 'nope', which none of its first 4 records has"):
+        read(path, limit=4, fields={"negatives": "nope"})
+    assert read(path, limit=4)[1].layouts[0].plain()["not read"] == ["neg"]
+
+
+def test_a_table_of_questions_and_contexts_is_not_taken_for_squad(tmp_path):
+    record = {"question": "a", "context": "c", "positive_ctxs": [{"title": "t", "text": "u"}]}
+    for layout in ("auto", "dpr"):
+        assert read(write(tmp_path / "a.jsonl", record), layout=layout)[0][0].passages == {"en": "t u"}
+
+
+def test_the_first_record_that_can_be_read_decides(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"note": "x"}, {"query": "a", "pos": ["b"]})
+    tally = Tally()
+    assert len(list(read_source(Source(str(path), language="en"), on_error="skip", tally=tally))) == 1
+    assert tally.layouts[0].name == "flagembedding"
+
+
+def test_lists_and_numbers_in_cells_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text('query,pos,neg,pos_scores\na,"[""x"", ""z""]","[""n""]","[1, 2]"\n')
+    one, two = read(tmp_path / "a.csv")[0]
+    assert (one.passages, two.passages, two.negatives, two.score) == ({"en": "x"}, {"en": "z"}, {"en": ("n",)}, 2.0)
+    (tmp_path / "b.csv").write_text("query,pos,neg\na,\"['x', 'z']\",n\n")
+    with pytest.raises(DataError, match=r"b.csv:2: 'pos' is the text .* looks like a list and is no JSON"):
+        read(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("query,passage,score\na,x,0.5\n")
+    assert read(tmp_path / "c.csv")[0][0].score == 0.5
+
+
+def test_a_translation_that_is_null_is_not_there(tmp_path):
+    table = pa.table({"query": [{"en": "a", "de": "b"}, {"en": "c", "de": None}], "passage": ["x", "y"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [row.queries for row in read(tmp_path / "a.parquet")[0]] == [{"en": "a", "de": "b"}, {"en": "c"}]
+
+
+def test_a_field_that_is_there_and_empty_is_no_mistake(tmp_path):
+    rows = [{"query": f"q{n}", "p[0]": f"p{n}", "hard": None} for n in range(1001)]
+    path = write(tmp_path / "a.jsonl", *rows, {**rows[0], "hard": "n"})
+    assert read(path, fields={"passage": "p[0]", "negatives": "hard"})[0][-1].negatives == {"en": ("n",)}
+
+
+def test_one_name_is_wanted_where_one_field_is_read(tmp_path):
+    with pytest.raises(DataError, match="its fields say that query is q, t; write one name"):
+        read(write(tmp_path / "a.jsonl", {"q": "a", "t": "b", "passage": "c"}), fields={"query": ["q", "t"]})
+
+
+def test_all_members_of_an_archive_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.mkdir("in")
+        for name in ("__MACOSX/._a.jsonl", "in/a.jsonl", "in/b.csv", "in/.c.jsonl"):
+            record = LAYOUTS["triplets"][0]
+            archive.writestr(name, cells(record, ",") if name.endswith("csv") else json.dumps(record))
+    for place in (tmp_path, tmp_path / "*.zip"):
+        rows, _ = read(place)
+        assert len(rows) == 2
+        assert rows[0].where == f"zip://in/a.jsonl::{tmp_path / 'a.zip'}:1"
+    with zipfile.ZipFile(tmp_path / "one.jsonl.zip", "w") as archive:
+        archive.mkdir("in")
+        archive.writestr("in/whatever", json.dumps(LAYOUTS["triplets"][0]))
+    check(read(tmp_path / "one.jsonl.zip")[0], "triplets")
+
+
+def test_hidden_folders_and_what_lies_beside_data_sets_are_left_alone(tmp_path):
+    for place in ("data", "data/.ipynb_checkpoints"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "a.parquet").write_bytes(parquet(LAYOUTS["triplets"][0]))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    check(read(tmp_path)[0], "triplets")
+
+
+def test_columns_of_one_name_are_refused_in_parquet_too(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["query", "passage", "passage"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: two columns are called 'passage'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_ids_are_those_of_a_language(tmp_path):
+    for code in ("de", "en"):
+        record = {"query": "a", "positive_passages": [{"docid": "7", "text": code}], "language": code}
+        write(tmp_path / f"{code}.jsonl", record)
+    assert [row.content for row in read(tmp_path)[0]] == ["de:7", "en:7"]

@@ -138,3 +138,9 @@ def test_an_extension_that_was_built_from_other_sources_is_not_used(monkeypatch)
     with pytest.warns(UserWarning, match="was built from other sources than these, and is not used: build it again"):
         assert tiles.compiled() is None
     tiles.compiled.cache_clear()
+
+
+def test_a_plan_of_what_is_no_direction_is_refused():
+    for joint in (("query_to_quer",), "query_to_query", True):
+        with pytest.raises(ValueError, match="joint"):
+            explain(8, 8, joint=joint)

@@ -12,6 +12,7 @@ from torch import nn
 
 from hbt_fast.config import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from hbt_fast.data.sources import Source
+from hbt_fast.data.store import Role
 from hbt_fast.encoder import Encoder
 from hbt_fast.encoder.towers import Towers
 from hbt_fast.evaluation.results import Results
@@ -25,7 +26,8 @@ LIBRARIES = {  # of the card's sections -> what has to be installed
     "transformers": ["transformers"],
 }
 PROMPTS = {"query": 'Find "it":\n', "passage": "passage: "}
-STORE = SimpleNamespace(languages=("de", "en", "no"), sources=[SimpleNamespace(name="pairs", rows=1234)])
+ROLES = Role(PROMPTS["query"], 64), Role(PROMPTS["passage"], 64)
+STORE = SimpleNamespace(languages=("de", "en", "no"), sources=[SimpleNamespace(name="pairs", rows=1234, roles=ROLES)])
 RESULTS = Results(
     task="/home/me/tasks/questions.jsonl", model="x", languages=["de", "en", "no"], queries=10, candidates=20,
     mo=0.5, cr=0.25, mul=0.125, rank_distance=3.5, matrix=[[0.5] * 3] * 3,

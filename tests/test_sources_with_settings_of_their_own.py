@@ -22,6 +22,7 @@ from hbt_fast.data.switching import Switching
 from hbt_fast.encoder.prompts import choose_prompts
 from hbt_fast.overview import in_words, overview
 from hbt_fast.prepare import prepare
+from hbt_fast.train import train
 
 SMALL = ["model.scratch={vocabulary: 300, hidden: 32, layers: 1, heads: 2}", "batch.strategy=mono", "batch.size=4"]
 ROWS = [{"query": f"which {n}?", "passage": f"the one {n}", "negatives": [f"no {n}", f"never {n}"]} for n in range(12)]
@@ -109,7 +110,7 @@ def test_every_source_has_as_many_hard_negatives_as_it_says(here):
     write(here / "b.jsonl", [{"query": row["query"], "passage": row["passage"]} for row in ROWS])
     store, _ = prepare(config := configured(b=", hard_negatives: 3"))
     found = overview(choose_prompts(None, {}), store, tokenizer, BatchPlanner(store, config.batch))
-    assert found["not used"] == ["hard_negatives of source b is 3, and it has none"]
+    assert found["not used"][-1] == "hard_negatives of source b is 3, and it has none"
 
 
 def test_scores_of_a_teacher_are_kept_beside_the_texts(tokenizer, tmp_path):
@@ -172,3 +173,28 @@ def test_a_mined_file_keeps_scores_and_prompt(here):
         assert row.negative_scores["en"] == pytest.approx([2, *[np.nan] * (len(row.negatives["en"]) - 1)], nan_ok=True)
     assert max(len(row.negatives["en"]) for row in rows) == 3
     assert not any(row.prompt or row.score or row.negative_scores for row in read_source(Source("mined-b.jsonl")))
+
+
+def test_hard_negatives_that_nobody_asked_for_are_said(here):
+    store, tokenizer = prepare(config := configured(b=", hard_negatives: 1"))
+    found = overview(choose_prompts(None, {}), store, tokenizer, BatchPlanner(store, config.batch))
+    assert found["not used"] == ["the hard negatives of a, for batch.hard_negatives is 0"]
+
+
+def test_labels_that_are_not_read_are_counted(here):
+    write(here / "a.jsonl", [{**row, "label": n % 3, "score": -1.0} for n, row in enumerate(ROWS)])
+    store, tokenizer = prepare(config := configured())
+    said = in_words(overview(choose_prompts(None, {}), store, tokenizer, BatchPlanner(store, config.batch)))
+    assert "not read: label; label is 0 or below in 4 of the first rows, which count as answers, too" in said
+    assert "score is 0" not in said  # it is read, as a teacher's
+
+
+def test_a_prompt_of_all_sources_is_that_of_the_model(here, capsys):
+    write(here / "a.jsonl", [{**row, "prompt": "Search: "} for row in ROWS])
+    sources = "data.sources=[{path: a.jsonl, language: en}]"
+    train(parse("p", "d", [*SMALL, sources, "data.store_dir=stores", "train.steps=1", "train.run_dir=run",
+                           "train.engine=torch", "eval.task=none"]))  # fmt: skip
+    assert "all sources have query prompt 'Search: ' and passage prompt 'Passage: '" in capsys.readouterr().out
+    recorded = json.loads((here / "run/model/config_sentence_transformers.json").read_text())["prompts"]
+    assert recorded == {"query": "Search: ", "passage": "Passage: ", "document": "Passage: "}
+    assert '`{"query": "Search: "' in (here / "run/model/README.md").read_text()

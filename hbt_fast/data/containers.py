@@ -29,6 +29,7 @@ CONTAINERS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
+BESIDE = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what Hugging Face writes
 BATCH = 1024  # rows of a table that become Python's at a time
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
@@ -39,10 +40,12 @@ def ending(path: str) -> str:
     Args:
         path: of a file, or a member of an archive as zip://MEMBER::ARCHIVE.
     """
-    name = PurePath(path.partition("::")[0])
-    while name.suffix.lower() in COMPRESSED:
-        name = name.with_suffix("")
-    return name.suffix.lower()
+    found = ""
+    for name in map(PurePath, reversed(path.split("::"))):  # an archive's name says what a member's does not
+        while name.suffix.lower() in COMPRESSED:
+            name = name.with_suffix("")
+        found = name.suffix.lower() if name.suffix.lower() in CONTAINERS or not found else found
+    return found
 
 
 def read_container(kind: str, path: str, source: Source, problems: Problems) -> Records:
@@ -158,6 +161,9 @@ def _arrow(path: str, kind: str, problems: Problems) -> Records:
     number = 0
     try:
         for batch in _batches(path, kind):
+            names = batch.schema.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path}: two columns are called {twice!r}; give each a name of its own")
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", record

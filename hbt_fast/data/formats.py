@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from hbt_fast.data.containers import CONTAINERS, ending, kind_of_json, read_container
+from hbt_fast.data.containers import BESIDE, CONTAINERS, ending, kind_of_json, read_container
 from hbt_fast.data.layouts import Layout
 from hbt_fast.data.problems import Problems
 from hbt_fast.data.reading import Bounded, described, lines, opened, records
@@ -33,11 +33,12 @@ def _records(source: Source, problems: Problems) -> Iterator[tuple[str, dict[str
     """The records of all files of a source."""
     paths = expand(source.path)
     is_folder, given = Path(source.path).expanduser().is_dir(), source.format in CONTAINERS.values()
-    kinds = {path: CONTAINERS.get(ending(path)) for path in paths}
+    kinds = {path: CONTAINERS.get(ending(path)) for path in paths if Path(path).name not in BESIDE}
     if given and not is_folder:  # whatever their names
         kinds = dict.fromkeys(paths, source.format)
-    elif given:
-        kinds = {path: kind for path, kind in kinds.items() if kind == source.format}
+    elif given:  # JSON Lines are called .json, too
+        like = ("jsonl", "json") if source.format == "jsonl" else (source.format,)
+        kinds = {path: source.format for path, kind in kinds.items() if kind in like}
     if not any(kinds.values()):
         names = ", ".join(Path(path).name for path in paths[:5])
         raise DataError(
@@ -56,7 +57,10 @@ def _records(source: Source, problems: Problems) -> Iterator[tuple[str, dict[str
 def _named(found: Iterator[tuple[str, dict[str, Any]]], path: str, source: Source) -> Iterator[tuple[str, dict]]:
     """The records of a table of text, whose first line was taken for names of columns; see that they are."""
     for first in found:
-        if not Layout.of(first[1], source).fits(first[1]):
+        layout = Layout.of(first[1], source)
+        if not layout.fits(first[1]):
+            layout.look(first[1], {})
+            layout.check()  # what its fields name, if they do
             there = ", ".join(map(repr, first[1]))
             raise DataError(
                 f"{path}:1: the first line must name the columns, 'query' and 'passage' among them; it has {there}. If "
@@ -69,23 +73,24 @@ def _named(found: Iterator[tuple[str, dict[str, Any]]], path: str, source: Sourc
 
 
 def _rows(found: Iterable[tuple[str, dict[str, Any]]], source: Source, problems: Problems) -> Iterator[Row]:
-    """The rows of records, by the layout of the first."""
+    """The rows of records, by the layout of the first that has one."""
     layout = None
     for where, record in found:
         if source.bitext:
             yield from _translations(record, source, where, problems)
-        elif "question" in record and "context" in record and not source.fields:  # SQuAD, a question at a time
+        elif {"question", "context", "answers"} <= record.keys() and source.layout == "auto" and not source.fields:
+            # SQuAD, a question at a time
             from hbt_fast.data.squad import row_of_record
 
             made = row_of_record(record, source, where, problems)
             if made is not None:
                 yield made
         else:
-            layout = layout or Layout.of(record, source)
-            yield from rows_of(record, layout, source, where, problems)
-    if layout is not None:
-        layout.check()
-        problems.tally.layouts.append(layout)
+            this = layout or Layout.of(record, source)
+            if layout is None and this.fits(record):  # the first that can be read decides
+                layout = this
+                problems.tally.layouts.append(layout)
+            yield from rows_of(record, this, source, where, problems)
 
 
 def _joined(source: Source, problems: Problems) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from hbt_fast.data.collection_files import (
     files_by_kind,
     files_of,
     is_of,
+    kind_of_file,
     language_folders,
     of_split,
     parallel_collections,
@@ -36,7 +37,7 @@ Texts = dict[str, dict[str, str]]  # language -> id -> text
 
 def read_folder(source: Source, problems: Problems) -> Iterator[Row]:
     """The rows of a folder; its layouts are those of `hbt_fast.data.collection_files`."""
-    folder = Path(source.path or "")
+    folder = Path(source.path or "").expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it must hold corpus, queries and qrels, or a folder per language")
     files, named = parallel_collections(folder)
@@ -59,7 +60,10 @@ def _parallel(
     folder: Path, files: list[Path], named: dict[str, str], source: Source, problems: Problems
 ) -> Iterator[Row]:
     """The rows of a collection whose documents and queries are translated: each in all languages that are wanted."""
-    of_all = {kind: [path for path in files if path.name.startswith(kind)] for kind in ("qrels", "triples")}
+    of_all = {
+        kind: [path for path in files if kind_of_file(path.relative_to(folder)) == kind]
+        for kind in ("qrels", "triples")
+    }
     judged, split = _judged(of_all["qrels"], of_all["triples"], source.split, folder)
     documents_named, queries, documents = _named(judged.values()), {}, {}
     for code, word in named.items():
@@ -79,10 +83,11 @@ def _judged(qrels: list[Path], of_triples: list[Path], split: str, folder: Path)
         for where, query, document, gain in judgements(path):
             judged.setdefault(query, ({}, {}))[gain <= 0].setdefault(document, where)
     else:
+        known: dict[str, str] = {}  # one object for each id: there may be tens of millions of lines
         for where, query, positive, negative in triples(path):
             positives, negatives = judged.setdefault(query, ({}, {}))
-            positives.setdefault(positive, where)
-            negatives.setdefault(negative, where)
+            positives.setdefault(known.setdefault(positive, positive), where)
+            negatives.setdefault(known.setdefault(negative, negative), "")
     return judged, split
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from hbt_fast.data.layouts import PLAIN, Fields, Layout
+from hbt_fast.data.layouts import LISTS, PLAIN, Fields, Layout
 from hbt_fast.data.problems import Problems
-from hbt_fast.data.reading import described
-from hbt_fast.data.rows import Row
+from hbt_fast.data.reading import described, parsed
+from hbt_fast.data.rows import DataError, Row
 
 if TYPE_CHECKING:
     from hbt_fast.data.sources import Source
@@ -41,6 +42,8 @@ def rows_of(record: Mapping[str, Any], layout: Layout, source: Source, where: st
         for what in ("query", "passage"):
             if what not in fields:
                 raise UnreadableError(no_text(record, layout.names[what][0], what))
+        if layout.name in LISTS:
+            _parse_cells(fields)
         content = identifier(record, layout.names["content"][0])
         queries = _texts(*fields["query"][0], lambda: _language(fields, layout, "query", source))
         positives = _positives(fields["passage"], lambda: _language(fields, layout, "passage", source))
@@ -52,7 +55,22 @@ def rows_of(record: Mapping[str, Any], layout: Layout, source: Source, where: st
         return
     for n, (passages, key) in enumerate(positives):
         score = scores[n] if scores else None
-        yield Row(queries, passages, negatives, content or key, where, score, negative_scores, prompt)
+        own = content or (f"{next(iter(passages))}:{key}" if key else None)  # ids are those of a language's collection
+        yield Row(queries, passages, negatives, own, where, score, negative_scores, prompt)
+
+
+def _parse_cells(fields: Fields) -> None:
+    """Make lists of what should be some and is text, as in a cell of CSV: in place."""
+    for what in ("passage", "negatives", "scores", "negative_scores"):
+        for n, (name, value) in enumerate(fields.get(what, ())):
+            if isinstance(value, str) and value.lstrip().startswith("["):
+                try:
+                    fields[what][n] = name, parsed(value)
+                except DataError:
+                    raise UnreadableError(
+                        f"{name!r} is {described(value)}, which looks like a list and is no JSON (pandas writes lists "
+                        "so); write JSON Lines or Parquet"
+                    ) from None
 
 
 def identifier(record: Mapping[str, Any], name: str) -> str | None:
@@ -142,6 +160,7 @@ def _texts(name: str, value: object, language: Callable[[], str]) -> dict[str, s
         return {language(): value}
     if not isinstance(value, dict):
         raise UnreadableError(_no_text(name, value))
+    value = {code: text for code, text in value.items() if text is not None}  # as Parquet has a missing translation
     for code, text in value.items():
         if not isinstance(text, str):
             raise UnreadableError(
@@ -213,21 +232,29 @@ def _scores(fields: Fields, what: str, counts: dict[str, int]) -> dict[str, tupl
         by_language = value if isinstance(value, dict) else {next(iter(counts)): value}
         made = {}
         for code, entry in by_language.items():
-            values = entry if isinstance(entry, list) else [entry]
-            good = all(v is None or _single(v) for v in values)
+            values = [_number(v) for v in (entry if isinstance(entry, list) else [entry])]
+            good = None not in values
             if not good or len(values) not in (0, counts.get(code, 0)):
                 raise UnreadableError(
                     f"{name!r} must be {counts.get(code, 0)} numbers, one for each passage; it is {str(value)[:80]}"
                 )
             if values:
-                made[code] = tuple(math.nan if v is None else float(v) for v in values)
+                made[code] = tuple(values)
         return made
     return {}
 
 
-def _single(value: object) -> bool:
-    """Whether a value is a number that can be kept in 32 bits."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38  # and no NaN
+def _number(value: object) -> float | None:
+    """A number that 32 bits hold, NaN for null, also of text (a cell of CSV) or Decimal (Parquet); None: it is none."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) < 3e38 or math.isnan(number) else None
 
 
 def _language(fields: Fields, layout: Layout, side: str, source: Source) -> str:

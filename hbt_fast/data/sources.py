@@ -7,7 +7,9 @@ texts, skipping malformed rows, limits), and the files that a source is made of.
 from __future__ import annotations
 
 import difflib
+import math
 import unicodedata
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,7 +44,8 @@ Layout = Literal["auto", "pairs", "flagembedding", "tevatron", "dpr", "messages"
 
 ONLY = {  # settings of a source that only some formats heed
     "bitext": ("auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "tmx", "hf"),
-    "passage": ("auto", "squad", "jsonl"),
+    "passage": ("auto", "squad", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "hf"),
+    "fields": ("auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "hf"),
     "pair": ("auto", "lines"),
     "columns": ("auto", "csv", "tsv"),
     "quoting": ("auto", "csv", "tsv"),
@@ -207,6 +210,8 @@ def read_source(
     reader = getattr(formats, f"read_{kind}")
     rows = _cleaned(reader(source, problems), wanted, problems)
     yield from islice(rows, source.limit)
+    for layout in problems.tally.layouts:
+        layout.check()
 
 
 def _cleaned(rows: Iterator[Row], wanted: set[str] | None, problems: Problems) -> Iterator[Row]:
@@ -280,7 +285,7 @@ def _negatives(
         if not texts or not (wanted is None or language in wanted):
             continue
         own, own_scores = [], []
-        scores = row.negative_scores.get(code, ())
+        scores = row.negative_scores.get(code) or (math.nan,) * len(texts)
         for n, text in enumerate(texts):
             text = unicodedata.normalize("NFC", text).strip()
             reason = _unusable(text, code, problems.longest_text) if text else ""
@@ -290,7 +295,7 @@ def _negatives(
                 own.append(text)
                 own_scores += scores[n : n + 1]
         kept[language] = (*kept.get(language, ()), *own)
-        if scores or language in kept_scores:
+        if row.negative_scores:
             kept_scores[language] = (*kept_scores.get(language, ()), *own_scores)
     return kept, kept_scores
 
@@ -309,7 +314,7 @@ def _unusable(text: str, code: str, longest: int) -> str:
 
 def _format(source: Source, longest_line: int = LONGEST_LINE) -> str:
     from hbt_fast.data.collection_files import kind_of_file
-    from hbt_fast.data.containers import CONTAINERS, ending, kind_of_json
+    from hbt_fast.data.containers import BESIDE, CONTAINERS, ending, kind_of_json
 
     if source.format == "cldr":
         return "cldr"
@@ -322,12 +327,15 @@ def _format(source: Source, longest_line: int = LONGEST_LINE) -> str:
     here, kinds = Path(path).expanduser(), set()
     if found is None and (here.is_dir() or any(c in here.name for c in "*?[")):
         inside = expand(path)
-        kinds = {CONTAINERS.get(ending(name)) for name in inside} - {None}
+        kinds = {CONTAINERS.get(ending(name)) for name in inside if Path(name).name not in BESIDE} - {None}
         found = "json" if "json" in kinds else next(iter(sorted(kinds)), None)
-        if here.is_dir() and any(kind_of_file(Path(name).relative_to(here)) == "qrels" for name in inside):
+        relative = [Path(name.rpartition("::")[2]).relative_to(here) for name in inside] if here.is_dir() else []
+        if any(kind_of_file(name) in ("qrels", "triples") for name in relative):
             found = "judged"
+        if (here / "dataset_info.json").is_file() or (here / "dataset_dict.json").is_file():
+            found = "hf"
     if found == "json":
-        first = next(name for name in expand(path) if ending(name) == ".json")
+        first = next(name for name in expand(path) if ending(name) == ".json" and Path(name).name not in BESIDE)
         found = "squad" if source.files else kind_of_json(first, longest_line)
         if found == "squad" and len(kinds) > 1:
             raise DataError(
@@ -342,6 +350,20 @@ def _format(source: Source, longest_line: int = LONGEST_LINE) -> str:
     return found
 
 
+def _members(path: str) -> list[str]:
+    """The members of a zip archive that has several, as zip://MEMBER::ARCHIVE; of any other file itself."""
+    if not path.lower().endswith(".zip"):
+        return [path]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [one.filename for one in archive.infolist() if not one.is_dir()]
+            first = archive.infolist()[0].filename if names else ""
+    except (OSError, zipfile.BadZipFile, ValueError):  # who reads it says what is wrong
+        return [path]
+    names = [n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+    return [path] if len(names) == 1 and names[0] == first else [f"zip://{name}::{path}" for name in names]
+
+
 def input_files(source: Source) -> list[Path]:
     """The local files a source is made of (archives, not their members): a store is rebuilt when one changes."""
     paths = [source.path] if source.path else list(source.files.values())
@@ -352,8 +374,8 @@ def input_files(source: Source) -> list[Path]:
         return []
     found = []
     for path in paths:
-        found += [Path(name) for name in expand(path.rpartition("::")[2])]
-    return found
+        found += [Path(name.rpartition("::")[2]) for name in expand(path.rpartition("::")[2])]
+    return list(dict.fromkeys(found))
 
 
 def expand(path: str) -> list[str]:
@@ -366,11 +388,12 @@ def expand(path: str) -> list[str]:
     try:
         here = Path(local).expanduser()
         if here.is_file():  # also one called "train[1].jsonl"
-            found = [str(here)]
+            found = [str(here)] if member else _members(str(here))
         elif here.is_dir():
-            found = sorted(str(p) for p in here.rglob("*") if p.is_file() and not p.name.startswith("."))
+            found = [p for p in here.rglob("*") if not any(name.startswith(".") for name in p.relative_to(here).parts)]
+            found = [name for p in sorted(map(str, found)) if Path(p).is_file() for name in _members(p)]
         elif any(c in here.name for c in "*?["):
-            found = sorted(str(p) for p in here.parent.glob(here.name))
+            found = [name for p in sorted(map(str, here.parent.glob(here.name))) for name in _members(p)]
         else:
             found = []
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:  # ~nobody, "a**", a name of 300 letters

@@ -152,7 +152,7 @@ def check_weights(weights: Tensor | None, n: int) -> None:
 
 
 def check_joint(joint: tuple[str, ...], symmetric: bool) -> None:
-    if isinstance(joint, str) or not all(isinstance(x, str) for x in joint):
+    if not isinstance(joint, tuple | list) or not all(isinstance(x, str) for x in joint):
         raise ValueError(f"joint must be a tuple of names, e.g. ('query_to_query',), not {joint!r}")
     for name in joint:
         check_choice("joint", name, DIRECTIONS)

@@ -89,8 +89,11 @@ def explain(
         queries: of all ranks, for "query_to_query"; None: n.
 
     Raises:
-        ValueError: the backend cannot be had here; the message says why.
+        ValueError: the backend cannot be had here, or `joint` is no tuple of directions; the message says why.
     """
+    from hbt_fast.loss.arguments import check_joint
+
+    check_joint(joint, symmetric)
     device = torch.device(device)
     backend, reason = backend_for(backend, device, dtype)
     operands = operands or dtype
