@@ -44,6 +44,8 @@ class WordEncoder:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()  # the model, of whose prompts the program asks
     return tmp_path / "xdg" / "hbt_fast" / "embeddings"
 
 

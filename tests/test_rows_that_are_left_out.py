@@ -253,7 +253,8 @@ def test_an_interrupted_build_leaves_out_the_same_rows(tmp_path, monkeypatch):
             make(tmp_path / "stopped", stopping(after))
     one, other = make(tmp_path / "stopped", rows_with(bad)), make(tmp_path / "whole", rows_with(bad))
     for name in ARRAYS:
-        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+        pair = getattr(one, name), getattr(other, name)
+        assert np.array_equal(*pair, equal_nan=pair[0].dtype.kind == "f"), name
     assert one.refused == other.refused
     for name in ("source.json", "skipped.txt"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

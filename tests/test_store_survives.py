@@ -193,8 +193,8 @@ def test_a_store_without_or_with_half_of_its_description_is_refused(whole, tmp_p
     (folder / "source.json").write_text((whole / "source.json").read_text()[:-9])
     with pytest.raises(DataError, match="no whole token store there"):
         SourceStore.open(folder)
-    (folder / "source.json").write_text((whole / "source.json").read_text().replace('"format": 3', '"format": 9'))
-    with pytest.raises(DataError, match=r"format 9, this program reads 3; delete the folder"):
+    (folder / "source.json").write_text((whole / "source.json").read_text().replace('"format": 4', '"format": 9'))
+    with pytest.raises(DataError, match=r"format 9, this program reads 4; delete the folder"):
         SourceStore.open(folder)
 
 
