@@ -468,6 +468,7 @@ def test_all_members_of_an_archive_are_read(tmp_path):
         rows, _ = read(place)
         assert len(rows) == 2
         assert rows[0].where == f"zip://in/a.jsonl::{tmp_path / 'a.zip'}:1"
+    assert len(read(f"zip://in/a.jsonl::{tmp_path / '*.zip'}")[0]) == 1
     with zipfile.ZipFile(tmp_path / "one.jsonl.zip", "w") as archive:
         archive.mkdir("in")
         archive.writestr("in/whatever", json.dumps(LAYOUTS["triplets"][0]))

@@ -21,7 +21,10 @@ class Answers(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def unite_answers(rows: np.ndarray, ids: np.ndarray, answers: Answers) -> None:
-    """Give one id to the passages of a batch that answer one query.
+    """Give one id to the passages of a batch that answer one query, and so on through those that answer several.
+
+    That takes some true negatives out, too, where many passages answer many questions; a batch is a small sample of
+    these, so that they are few.
 
     Args:
         rows: (N,) int64 of the batch.

@@ -388,12 +388,12 @@ def expand(path: str) -> list[str]:
     try:
         here = Path(local).expanduser()
         if here.is_file():  # also one called "train[1].jsonl"
-            found = [str(here)] if member else _members(str(here))
+            found = [str(here)]
         elif here.is_dir():
-            found = [p for p in here.rglob("*") if not any(name.startswith(".") for name in p.relative_to(here).parts)]
-            found = [name for p in sorted(map(str, found)) if Path(p).is_file() for name in _members(p)]
+            inside = sorted(str(p) for p in here.rglob("*") if p.is_file())
+            found = [p for p in inside if not any(name.startswith(".") for name in Path(p).relative_to(here).parts)]
         elif any(c in here.name for c in "*?["):
-            found = [name for p in sorted(map(str, here.parent.glob(here.name))) for name in _members(p)]
+            found = sorted(str(p) for p in here.parent.glob(here.name))
         else:
             found = []
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:  # ~nobody, "a**", a name of 300 letters
@@ -404,4 +404,6 @@ def expand(path: str) -> list[str]:
         hint = f"; in that folder there are {', '.join(near)}" if near else ""
         hint = hint or ("" if here.parent.is_dir() else f"; there is no folder {here.parent}")
         raise DataError(f"{local}: no such file{hint}")
+    if not member:
+        return [name for path in found for name in _members(path)]
     return [f"{member}{separator}{name}" for name in found]
